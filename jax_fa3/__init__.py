@@ -1,0 +1,3 @@
+"""FlashAttention-3 for JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,89 @@
+"""What an attention call is made of: its static options and its arrays.
+
+Letters, here and in the whole package: B batch, T query length, S key/value length, N query heads,
+K key/value heads (K divides N; query head n reads key/value head n // (N // K)), H query/key head
+dim, D value head dim. ``*batch`` is any number of leading dims, also none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """Every option that is known while tracing. Hashable: it is a parameter of the primitives.
+
+    A field added here must reach every implementation, or `_support.reasons` must refuse it.
+
+    Attributes:
+      scale: multiplies q . k. Always finite and > 0: an array, a negative or a zero scale was folded
+        into the query (and leaves 1.0, or its magnitude, here).
+      is_causal: query t sees the keys up to its own place on the diagonal.
+      causal_alignment: "top_left" or "bottom_right": where the diagonal lies when T != S, for
+        is_causal and window. "bottom_right" puts the last valid query on the last valid key.
+      window: (left, right), inclusive distances from the diagonal; None is unbounded.
+      logits_soft_cap: cap * tanh(x / cap) on the scaled and biased logits; None is no cap.
+      deterministic_backward: gradients repeat bit for bit.
+      out_dtype: dtype of the output.
+    """
+
+    scale: float
+    is_causal: bool
+    causal_alignment: str
+    window: tuple[int | None, int | None]
+    logits_soft_cap: float | None
+    deterministic_backward: bool
+    out_dtype: np.dtype
+
+
+class Operands(NamedTuple):
+    """The arrays of a call; None is absent. A pytree, in the order in which primitives bind them."""
+
+    query: Any  # [*batch, T, N, H]
+    key: Any  # [*batch, S, K, H]
+    value: Any  # [*batch, S, K, D]
+    bias: jax.Array | None = None  # full rank, each dim 1 or that of [*batch, N, T, S]
+    mask: jax.Array | None = None  # bool, full rank, each dim 1 or that of [*batch, N, T, S]
+    query_offset: jax.Array | None = None  # int32 [*batch]: query t stands at key position t + it
+    query_seq_lengths: jax.Array | None = None  # int32 [*batch], in [0, T]
+    key_value_seq_lengths: jax.Array | None = None  # int32 [*batch], in [0, S]
+    query_segment_ids: jax.Array | None = None  # int [*batch, T]; both ids or neither, one dtype
+    key_value_segment_ids: jax.Array | None = None  # int [*batch, S]
+    # Positions replace t + offset and s in the causal and window rules (packed sequences).
+    query_positions: jax.Array | None = None  # int32 [*batch, T]
+    key_positions: jax.Array | None = None  # int32 [*batch, S]
+    sinks: jax.Array | None = None  # float [N], no batch dims
+    # float32, float8 inputs only: [*batch, blocks of T, N] and [*batch, blocks of S, K]; a block has
+    # ceil(T / blocks) or ceil(S / blocks) tokens.
+    query_descale: jax.Array | None = None
+    key_descale: jax.Array | None = None
+    value_descale: jax.Array | None = None
+
+
+# How many trailing dims of an operand are not batch dims.
+CORE_RANK = {
+    "query": 3,
+    "key": 3,
+    "value": 3,
+    "bias": 3,
+    "mask": 3,
+    "query_offset": 0,
+    "query_seq_lengths": 0,
+    "key_value_seq_lengths": 0,
+    "query_segment_ids": 1,
+    "key_value_segment_ids": 1,
+    "query_positions": 1,
+    "key_positions": 1,
+    "sinks": 1,
+    "query_descale": 2,
+    "key_descale": 2,
+    "value_descale": 2,
+}
+
+# The operands that have a gradient.
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
