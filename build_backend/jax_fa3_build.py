@@ -50,7 +50,7 @@ def find_nvcc() -> str | None:
     """The CUDA compiler that CMake will find on this machine, or None."""
     named = os.environ.get("CUDACXX")
     if named:
-        return shutil.which(named)
+        return named  # CMake takes it too, and says so when it does not work
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin"))):
         return found
