@@ -1,0 +1,52 @@
+// Where an element of a wgmma accumulator lives. The only file that knows.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#wgmma-64n16-d
+//
+// A warpgroup holds D[64, N]; warp w of it has rows 16 w .. 16 w + 15. Of those, a lane has rows
+// lane / 4 and lane / 4 + 8, and in every 8 columns the pair 2 (lane % 4), 2 (lane % 4) + 1:
+//
+//   d[4 j + 0], d[4 j + 1]    row lane / 4,       columns 8 j + 2 (lane % 4) + 0, 1
+//   d[4 j + 2], d[4 j + 3]    row lane / 4 + 8,   the same columns
+//
+// The four lanes of a row are a quad. Two neighbouring groups of 8 columns, rounded to 16 bit, are
+// the A fragment of a wgmma that contracts over those 16 columns: probabilities never leave
+// registers.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/types.h"
+#include "cuda/ptx/warp.cuh"
+
+namespace jax_fa3 {
+
+inline constexpr int kWarpgroupRows = 64;
+
+// The lane's first row within the warpgroup's 64; its second is 8 below.
+__device__ __forceinline__ int accumulator_row() {
+  const int thread = threadIdx.x % ptx::kWarpgroupSize;
+  return thread / ptx::kWarpSize * 16 + thread % ptx::kWarpSize / 4;
+}
+// The lane's first column within every 8.
+__device__ __forceinline__ int accumulator_column() { return 2 * (threadIdx.x % 4); }
+
+// Two floats, rounded to nearest even; `low` goes to the lower address.
+template <DType kType>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (kType == DType::kBF16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+// Accumulators of N columns -> A fragments, four registers for every 16 columns.
+template <DType kType, int kCount>
+__device__ __forceinline__ void pack_fragments(const float (&d)[kCount],
+                                               uint32_t (&fragments)[kCount / 2]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) fragments[i] = pack<kType>(d[2 * i], d[2 * i + 1]);
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,126 @@
+// Which (query tile, head, batch row) a CTA works on next. The grid is persistent: as many CTAs as
+// multiprocessors, each taking tiles until none is left.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/tile_scheduler.h"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/warp.cuh"
+
+namespace jax_fa3 {
+
+struct Tile {
+  int32_t m_tile;
+  int32_t head;
+  int32_t batch;
+};
+
+// Query tiles of one head next to each other: they read the same keys and values.
+struct HeadMajorOrder {
+  static __device__ __forceinline__ Tile tile(const TileGrid& grid, uint32_t index) {
+    const uint32_t pair = index / grid.m_tiles;
+    return {static_cast<int32_t>(index % grid.m_tiles), static_cast<int32_t>(pair % grid.heads),
+            static_cast<int32_t>(pair / grid.heads)};
+  }
+};
+
+// Longest tiles first, so that no CTA starts a long one when the others finish, inside groups of
+// heads whose keys and values fit L2 together.
+struct LongestFirstOrder {
+  static __device__ __forceinline__ Tile tile(const TileGrid& grid, uint32_t index) {
+    const uint32_t group_tiles = grid.heads_in_flight * grid.m_tiles;
+    const uint32_t group = index / group_tiles;
+    const uint32_t within = index % group_tiles;
+    const uint32_t first_pair = group * grid.heads_in_flight;
+    const uint32_t pairs =
+        min(static_cast<uint32_t>(grid.heads_in_flight), grid.tiles / grid.m_tiles - first_pair);
+    const uint32_t pair = first_pair + within % pairs;
+    return {grid.m_tiles - 1 - static_cast<int32_t>(within / pairs),
+            static_cast<int32_t>(pair % grid.heads), static_cast<int32_t>(pair / grid.heads)};
+  }
+};
+
+// The shared memory of a dynamic schedule: a ring of two tile indices.
+struct TileQueue {
+  static constexpr int kSlots = 2;
+  uint64_t full[kSlots];
+  uint64_t empty[kSlots];
+  uint32_t index[kSlots];
+
+  static constexpr uint32_t kFull = 0, kEmpty = 16, kIndex = 32;  // byte offsets of the members
+};
+
+// Every role computes the same sequence; nothing is communicated.
+struct StaticSchedule {
+  uint32_t index;
+
+  __device__ __forceinline__ explicit StaticSchedule(uint32_t /*queue*/) : index(blockIdx.x) {}
+  static __device__ __forceinline__ void init(uint32_t /*queue*/, int /*consumer_warps*/) {}
+  __device__ __forceinline__ void prefetch(uint32_t* /*counter*/) {}
+  __device__ __forceinline__ void publish() {}
+  __device__ __forceinline__ void receive() {}
+  __device__ __forceinline__ void step() { index += gridDim.x; }
+};
+
+// A global counter hands out tiles; the producer draws one tile ahead and passes the indices on.
+// The counter is zero at launch; CTA i begins with tile i.
+struct DynamicSchedule {
+  uint32_t queue;  // shared-memory address of the TileQueue
+  uint32_t index;
+  uint32_t drawn = 0;
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ explicit DynamicSchedule(uint32_t queue)
+      : queue(queue), index(blockIdx.x) {}
+
+  static __device__ __forceinline__ void init(uint32_t queue, int consumer_warps) {
+    for (int slot = 0; slot < TileQueue::kSlots; ++slot) {
+      ptx::mbarrier_init(queue + TileQueue::kFull + 8 * slot, 1);
+      ptx::mbarrier_init(queue + TileQueue::kEmpty + 8 * slot, consumer_warps);
+    }
+  }
+
+  // Producer, while it still loads the current tile: the draw's latency hides behind the loads.
+  __device__ __forceinline__ void prefetch(uint32_t* counter) {
+    drawn = gridDim.x + atomicAdd(counter, 1u);
+  }
+  // Producer: hands `index` to the consumers, the first index past the end included.
+  __device__ __forceinline__ void publish() {
+    ptx::mbarrier_wait(empty_barrier(), phase ^ 1);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(index_address()), "r"(index) : "memory");
+    ptx::mbarrier_arrive(full_barrier());
+    advance_slot();
+  }
+  // Consumer warps.
+  __device__ __forceinline__ void receive() {
+    ptx::mbarrier_wait(full_barrier(), phase);
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(index) : "r"(index_address()) : "memory");
+    __syncwarp();  // every lane has read before the slot goes back
+    if (ptx::lane_index() == 0) {
+      ptx::mbarrier_arrive(empty_barrier());
+    }
+    advance_slot();
+  }
+  __device__ __forceinline__ void step() { index = drawn; }
+
+ private:
+  __device__ __forceinline__ uint32_t full_barrier() const {
+    return queue + TileQueue::kFull + 8 * slot;
+  }
+  __device__ __forceinline__ uint32_t empty_barrier() const {
+    return queue + TileQueue::kEmpty + 8 * slot;
+  }
+  __device__ __forceinline__ uint32_t index_address() const {
+    return queue + TileQueue::kIndex + 4 * slot;
+  }
+  __device__ __forceinline__ void advance_slot() {
+    if (++slot == TileQueue::kSlots) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+}  // namespace jax_fa3

@@ -1,0 +1,279 @@
+// A consumer warpgroup: 64 query rows from scores to output.
+//
+// With overlap, for the blocks n = last .. 0 (time runs down; the tensor cores see no gap as long
+// as another warpgroup's products fill the softmax):
+//
+//   S(last) = Q K(last)^T                      softmax of S(last) -> P
+//   loop   S(n) = Q K(n)^T   | both issued
+//          O   += P V(n + 1) | back to back    softmax of S(n) while P V runs
+//                                              O *= shrink, P = S(n) rounded
+//   O += P V(0)
+#pragma once
+
+#include "cuda/core/accumulator.cuh"
+#include "cuda/core/mask.h"
+#include "cuda/core/softmax.cuh"
+#include "cuda/fwd/epilogue.cuh"
+#include "cuda/fwd/work.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace jax_fa3 {
+
+// Pingpong: consumer warpgroups issue their products in turns, so that one's softmax runs under
+// another's products. Each block is one turn; a warpgroup that skips a block takes its turn too.
+template <class Config>
+struct Turns {
+  static constexpr int kWarpgroups = Config::value.consumer_warpgroups;
+  static constexpr int kThreads = 2 * ptx::kWarpgroupSize;  // one that waits, one that arrives
+  int warpgroup;
+
+  __device__ __forceinline__ explicit Turns(int warpgroup) : warpgroup(warpgroup) {
+    if constexpr (Config::value.pingpong) {
+      if (warpgroup == kWarpgroups - 1) ptx::named_barrier_arrive(id(0), kThreads);
+    }
+  }
+  __device__ __forceinline__ void take() const {
+    if constexpr (Config::value.pingpong) ptx::named_barrier_sync(id(warpgroup), kThreads);
+  }
+  __device__ __forceinline__ void pass() const {
+    if constexpr (Config::value.pingpong) {
+      ptx::named_barrier_arrive(id(warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1), kThreads);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int id(int warpgroup) {
+    return static_cast<int>(ptx::NamedBarrier::kPingpong) + warpgroup;
+  }
+};
+
+template <class Config>
+class FwdConsumer {
+  static constexpr FwdConfig kConfig = Config::value;
+  static constexpr int kTileN = kConfig.tile_n;
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kScores = kTileN / 2;  // accumulators a lane: 64 x tile_n over 128 lanes
+  static constexpr int kOutputs = kHeadDim / 2;
+
+ public:
+  __device__ __forceinline__ FwdConsumer(const FwdParams& params, const FwdRings<Config>& rings,
+                                         int warpgroup)
+      : params_(params), rings_(rings), warpgroup_(warpgroup), turns_(warpgroup) {}
+
+  __device__ __forceinline__ void run() {
+    FwdSchedule<Config> schedule(rings_.tile_queue);
+    while (true) {
+      schedule.receive();
+      if (schedule.index >= params_.grid.tiles) return;
+      attend(tile_work<Config>(params_, schedule.index));
+      schedule.step();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void attend(const TileWork& work) {
+    const int32_t tile_end = tile_blocks<Config>(params_, work);
+    // Uniform, and the shuffle says so: a bound that ptxas takes for divergent serializes the loop.
+    KeyBlocks blocks = warpgroup_blocks<Config>(params_, work, warpgroup_);
+    blocks.end = __shfl_sync(0xffffffff, blocks.end, 0);
+    blocks.unmasked_end = __shfl_sync(0xffffffff, blocks.unmasked_end, 0);
+
+    float output[kOutputs];
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) output[i] = 0.0f;
+
+    const int row = work.tile.m_tile * kConfig.tile_m() + warpgroup_ * 64 + accumulator_row();
+    const int32_t visible[2] = {
+        visible_keys<kConfig.mask>(row, params_.seqlen_k, work.diagonal),
+        visible_keys<kConfig.mask>(row + 8, params_.seqlen_k, work.diagonal)};
+
+    // The tile's last blocks may be visible to the warpgroups below only.
+    for (int32_t block = tile_end - 1; block >= blocks.end; --block) skip_block();
+
+    float inverse[2] = {0.0f, 0.0f};
+    float lse[2] = {-INFINITY, -INFINITY};
+    if (tile_end > 0) {
+      ptx::mbarrier_wait(rings_.q_full + 8 * warpgroup_, q_phase_);
+      q_phase_ ^= 1;
+      if (blocks.end == 0) {
+        release_query();
+      } else {
+        if constexpr (kConfig.overlap) {
+          attend_overlapped(blocks, visible, output);
+        } else {
+          attend_in_order(blocks, visible, output);
+        }
+        softmax_.finish(params_.scale_log2, inverse, lse);
+      }
+    }
+    store_output<Config>(params_, work.tile, row, output, inverse, lse);
+  }
+
+  __device__ __forceinline__ void attend_overlapped(const KeyBlocks& blocks,
+                                                    const int32_t (&visible)[2],
+                                                    float (&output)[kOutputs]) {
+    int32_t block = blocks.end - 1;
+    rings_.k_ring.wait(k_at_);
+    turns_.take();
+    ptx::wgmma_fence();
+    issue_scores();
+    turns_.pass();
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(scores_);
+    release_keys();
+    if (block >= blocks.unmasked_end) mask(block, visible);
+    softmax_.first(scores_, params_.scale_log2);
+    pack_fragments<kConfig.dtype>(scores_, probs_);
+
+    for (--block; block >= blocks.unmasked_end; --block) step<true>(block, visible, output);
+    for (; block >= 0; --block) step<false>(block, visible, output);
+
+    release_query();
+    rings_.v_ring.wait(v_at_);
+    ptx::fence_registers(output);
+    ptx::wgmma_fence();
+    issue_output(output);
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(output);
+    release_values();
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int32_t block, const int32_t (&visible)[2],
+                                       float (&output)[kOutputs]) {
+    rings_.k_ring.wait(k_at_);
+    turns_.take();
+    ptx::fence_registers(output);
+    ptx::wgmma_fence();
+    issue_scores();
+    rings_.v_ring.wait(v_at_);
+    // Again before the second group: without it ptxas adds its own arrive in what it takes for a
+    // divergent path, and serializes.
+    ptx::wgmma_fence();
+    issue_output(output);
+    turns_.pass();
+
+    ptx::wgmma_wait<1>();
+    ptx::fence_registers(scores_);
+    release_keys();
+    if constexpr (kMasked) mask(block, visible);
+    softmax_.next(scores_, params_.scale_log2);
+
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(output);
+    ptx::fence_registers(probs_);
+    release_values();
+    softmax_.rescale(output);
+    pack_fragments<kConfig.dtype>(scores_, probs_);
+  }
+
+  // Without overlap: scores, softmax and output of a block one after the other.
+  __device__ __forceinline__ void attend_in_order(const KeyBlocks& blocks,
+                                                  const int32_t (&visible)[2],
+                                                  float (&output)[kOutputs]) {
+    for (int32_t block = blocks.end - 1; block >= 0; --block) {
+      rings_.k_ring.wait(k_at_);
+      turns_.take();
+      ptx::fence_registers(output);
+      ptx::wgmma_fence();
+      issue_scores();
+      turns_.pass();
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(scores_);
+      ptx::fence_registers(output);
+      release_keys();
+      if (block >= blocks.unmasked_end) mask(block, visible);
+      if (block == blocks.end - 1) {
+        softmax_.first(scores_, params_.scale_log2);
+      } else {
+        softmax_.next(scores_, params_.scale_log2);
+        softmax_.rescale(output);
+      }
+      pack_fragments<kConfig.dtype>(scores_, probs_);
+      rings_.v_ring.wait(v_at_);
+      ptx::fence_registers(output);
+      ptx::wgmma_fence();
+      issue_output(output);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(output);
+      release_values();
+    }
+    release_query();
+  }
+
+  // S = Q K^T, asynchronously: A [64, head_dim] and B [tile_n, head_dim], both K-major.
+  __device__ __forceinline__ void issue_scores() {
+    using Mma = ptx::Wgmma<kConfig.dtype, kTileN>;
+    const ptx::SmemOperand q = ptx::k_major_operand(rings_.q + warpgroup_ * kConfig.q_bytes());
+    const ptx::SmemOperand k = ptx::k_major_operand(rings_.k + k_at_.stage * kConfig.kv_bytes());
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int chunk = step / 4, within = step % 4 * 32;
+      Mma::template ss<ptx::Major::kK, ptx::Major::kK>(
+          scores_, q.descriptor(chunk * 64 * 128 + within),
+          k.descriptor(chunk * kTileN * 128 + within), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // O += P V: A from registers, B [tile_n, head_dim] with the keys contracted.
+  __device__ __forceinline__ void issue_output(float (&output)[kOutputs]) {
+    using Mma = ptx::Wgmma<kConfig.dtype, kHeadDim>;
+    const ptx::SmemOperand v =
+        ptx::mn_major_operand(rings_.v + v_at_.stage * kConfig.kv_bytes(), kTileN * 128);
+#pragma unroll
+    for (int step = 0; step < kTileN / 16; ++step) {
+      Mma::template rs<ptx::Major::kMN>(output, probs_[4 * step], probs_[4 * step + 1],
+                                        probs_[4 * step + 2], probs_[4 * step + 3],
+                                        v.descriptor(step * 16 * 128), 1);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Row r of the lane sees keys [0, visible[r]): column 8 j + e of the block survives when it lies
+  // below the row's limit. Columns are constants plus the lane's offset, so one compare a score.
+  __device__ __forceinline__ void mask(int32_t block, const int32_t (&visible)[2]) {
+    const int32_t first = block * kTileN + accumulator_column();
+    const int32_t limit[2] = {visible[0] - first, visible[1] - first};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int column = i / 4 * 8 + i % 2;
+      if (column >= limit[i / 2 % 2]) scores_[i] = -INFINITY;
+    }
+  }
+
+  __device__ __forceinline__ void release_keys() {
+    rings_.k_ring.release(k_at_);
+    k_at_.advance();
+  }
+  __device__ __forceinline__ void release_values() {
+    rings_.v_ring.release(v_at_);
+    v_at_.advance();
+  }
+  // The last scores are done: the producer may load the next tile's query under the last P V.
+  __device__ __forceinline__ void release_query() {
+    if (ptx::lane_index() == 0) ptx::mbarrier_arrive(rings_.q_empty + 8 * warpgroup_);
+  }
+  // Both barriers must have been seen full before they are released.
+  __device__ __forceinline__ void skip_block() {
+    turns_.take();
+    turns_.pass();
+    rings_.k_ring.wait(k_at_);
+    release_keys();
+    rings_.v_ring.wait(v_at_);
+    release_values();
+  }
+
+  const FwdParams& params_;
+  const FwdRings<Config>& rings_;
+  const int warpgroup_;
+  const Turns<Config> turns_;
+  typename FwdRings<Config>::Position k_at_, v_at_;
+  uint32_t q_phase_ = 0;
+  float scores_[kScores];
+  uint32_t probs_[kScores / 2];
+  OnlineSoftmax<kScores, kConfig.rescale> softmax_;
+};
+
+}  // namespace jax_fa3

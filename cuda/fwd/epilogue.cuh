@@ -1,0 +1,60 @@
+// From accumulators to global memory: normalise, round, store 16 bytes a lane.
+#pragma once
+
+#include "cuda/core/accumulator.cuh"
+#include "cuda/fwd/work.cuh"
+
+namespace jax_fa3 {
+
+// 4 x 4 transpose over a quad: word w of lane q goes to word q of lane w. Four shuffles and no
+// shared memory, so that nothing has to wait for the epilogue.
+__device__ __forceinline__ void quad_transpose(uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t received = __shfl_xor_sync(0xffffffff, odd ? words[i] : words[i + 1], 1);
+    (odd ? words[i] : words[i + 1]) = received;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t received = __shfl_xor_sync(0xffffffff, high ? words[i] : words[i + 2], 2);
+    (high ? words[i] : words[i + 2]) = received;
+  }
+}
+
+template <class Config, int kOutputs>
+__device__ __forceinline__ void store_output(const FwdParams& params, const Tile& tile, int row,
+                                             const float (&output)[kOutputs],
+                                             const float (&inverse)[2], const float (&lse)[2]) {
+  constexpr FwdConfig kConfig = Config::value;
+  const int quad_lane = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t t = row + 8 * r;
+    const bool inside = t < params.seqlen_q;
+    // [batch, seqlen_q, heads, head_dim]: past 2^31 elements, hence 64 bit.
+    const int64_t token = static_cast<int64_t>(tile.batch) * params.seqlen_q + t;
+    uint4* const out =
+        reinterpret_cast<uint4*>(static_cast<uint16_t*>(params.out) +
+                                 (token * params.grid.heads + tile.head) * kConfig.head_dim);
+    // Lane q of a quad holds columns 2 q, 2 q + 1 of every 8; after the transpose of four such
+    // groups it holds all 8 columns of group q.
+#pragma unroll
+    for (int group = 0; group < kConfig.head_dim / 32; ++group) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = (4 * group + i) * 4 + 2 * r;
+        words[i] = pack<kConfig.dtype>(output[at] * inverse[r], output[at + 1] * inverse[r]);
+      }
+      quad_transpose(words);
+      if (inside) out[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    if (inside && quad_lane == 0) {
+      const int64_t pair = static_cast<int64_t>(tile.batch) * params.grid.heads + tile.head;
+      params.lse[pair * params.seqlen_q + t] = lse[r];
+    }
+  }
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,112 @@
+#include "cuda/fwd/plan.h"
+
+#include <algorithm>
+#include <sstream>
+
+namespace jax_fa3 {
+namespace {
+
+// Row and key positions, their sums with the diagonal, and byte strides of tensor maps (< 2^40) all
+// stay in range below this.
+constexpr int64_t kMaxSeqlen = int64_t{1} << 30;
+
+// Heads whose keys and values together fill about this much of the 50 MB L2 are worked on at the
+// same time in the longest-first order: more would evict each other, fewer leave CTAs without work.
+// 32 MB measured best of 16, 32, 50 in the prototypes (batch 2, seq 8192, head dim 128, H200).
+constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
+
+constexpr int64_t kMaxTiles = (int64_t{1} << 31) - 1;
+
+// The tile counter, padded so that the next allocation keeps its alignment.
+constexpr int64_t kTileCounterBytes = 128;
+
+Status check(const Problem& p) {
+  std::ostringstream why;
+  const auto refuse = [&](const char* name, int64_t got, const std::string& wanted) {
+    why << (why.tellp() > 0 ? "; " : "") << name << " is " << got << ", expected " << wanted;
+  };
+  if (p.batch < 0) refuse("batch", p.batch, "at least 0");
+  if (p.seqlen_q < 0 || p.seqlen_q >= kMaxSeqlen) refuse("seqlen_q", p.seqlen_q, "[0, 2^30)");
+  if (p.seqlen_k < 0 || p.seqlen_k >= kMaxSeqlen) refuse("seqlen_k", p.seqlen_k, "[0, 2^30)");
+  if (p.heads_q < 0) refuse("heads_q", p.heads_q, "at least 0");
+  if (p.heads_k <= 0 ? p.heads_q != 0 : p.heads_q % p.heads_k != 0) {
+    refuse("heads_k", p.heads_k, "a divisor of heads_q = " + std::to_string(p.heads_q));
+  }
+  if (p.diagonal < -kMaxSeqlen || p.diagonal > kMaxSeqlen) {
+    refuse("diagonal", p.diagonal, "[-2^30, 2^30]");
+  }
+  if (!(p.scale > 0)) {
+    why << (why.tellp() > 0 ? "; " : "") << "scale is " << p.scale << ", expected above 0";
+  }
+  if (why.tellp() > 0) return Status::invalid_argument(why.str());
+  return {};
+}
+
+}  // namespace
+
+Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
+  if (Status status = check(problem); !status.ok()) return status;
+
+  const NamedFwdConfig* const end = kFwdConfigs + kFwdConfigCount;
+  const NamedFwdConfig* const found =
+      std::find_if(kFwdConfigs, end, [&](const NamedFwdConfig& named) {
+        return named.config.dtype == problem.dtype && named.config.head_dim == problem.head_dim &&
+               named.config.mask == problem.mask;
+      });
+  if (found == end) {
+    std::ostringstream why;
+    why << "no forward kernel for " << name(problem.dtype) << ", head_dim " << problem.head_dim
+        << ", " << name(problem.mask) << "; there are:";
+    for (const NamedFwdConfig& named : kFwdConfigs) why << " " << named.name;
+    return Status::unimplemented(why.str());
+  }
+  plan = FwdPlan{};
+  plan.config_index = found - kFwdConfigs;
+
+  const int64_t m_tiles = ceil_div<int64_t>(problem.seqlen_q, found->config.tile_m());
+  const int64_t pairs = problem.batch * problem.heads_q;
+  if (pairs > 0 && m_tiles > kMaxTiles / pairs) {
+    return Status::unimplemented("more than 2^31 query tiles: " + describe(problem));
+  }
+  const int64_t tiles = m_tiles * pairs;
+
+  const int64_t group = problem.heads_k > 0 ? problem.heads_q / problem.heads_k : 1;
+  const int64_t kv_bytes =
+      std::max<int64_t>(1, 2 * problem.seqlen_k * problem.head_dim * FwdConfig::kElementBytes);
+  const int64_t heads_in_flight =
+      std::clamp<int64_t>(kL2Bytes / kv_bytes, 1, std::max<int64_t>(1, pairs)) * group;
+
+  plan.grid = {static_cast<uint32_t>(tiles), static_cast<int32_t>(m_tiles),
+               static_cast<int32_t>(problem.heads_q),
+               static_cast<int32_t>(std::min(heads_in_flight, std::max<int64_t>(1, pairs)))};
+  plan.ctas = static_cast<int>(std::min<int64_t>(tiles, device.sm_count));
+  return {};
+}
+
+int64_t fwd_workspace_bytes(const Problem& problem) {
+  return problem.mask == MaskKind::kCausal ? kTileCounterBytes : 0;
+}
+
+std::string describe(const Problem& p) {
+  std::ostringstream text;
+  text << name(p.dtype) << ", batch " << p.batch << ", seqlen " << p.seqlen_q << " x " << p.seqlen_k
+       << ", heads " << p.heads_q << " over " << p.heads_k << ", head_dim " << p.head_dim << ", "
+       << name(p.mask);
+  return text.str();
+}
+
+std::string describe(const Problem& problem, const FwdPlan& plan) {
+  const FwdConfig& c = plan.named().config;
+  std::ostringstream text;
+  text << plan.named().name << ": " << c.tile_m() << " queries x " << c.tile_n << " keys, "
+       << c.stages << " stages, " << c.consumer_warpgroups << " consumer warpgroups ("
+       << c.consumer_registers() << " registers)" << (c.overlap ? ", overlap" : "")
+       << (c.pingpong ? ", pingpong" : "")
+       << (c.rescale == Rescale::kConditional ? ", conditional rescale" : "")
+       << (c.schedule == Schedule::kDynamic ? ", dynamic schedule" : ", static schedule") << "; "
+       << plan.grid.tiles << " tiles on " << plan.ctas << " CTAs of " << c.threads() << " threads, "
+       << c.smem_bytes() / 1024 << " KiB shared; " << describe(problem);
+  return text.str();
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,38 @@
+// Which configuration runs a problem, on what grid. Pure: no CUDA call, no pointer, CPU-testable.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "cuda/core/problem.h"
+#include "cuda/core/status.h"
+#include "cuda/core/tile_scheduler.h"
+#include "cuda/fwd/config.h"
+
+namespace jax_fa3 {
+
+struct Device {
+  int sm_count = 132;  // H100 SXM, H200
+};
+
+struct FwdPlan {
+  size_t config_index = 0;  // into kFwdConfigs
+  TileGrid grid{};
+  int ctas = 0;  // 0: nothing to do
+  const NamedFwdConfig& named() const { return kFwdConfigs[config_index]; }
+};
+
+// The plan, or why there is none.
+Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan);
+
+// Bytes of device memory that any launch of this problem needs besides its results, on any device.
+int64_t fwd_workspace_bytes(const Problem& problem);
+
+// One line for people: the configuration, its tiles and the grid.
+std::string describe(const Problem& problem, const FwdPlan& plan);
+
+// The problem's sizes, for people.
+std::string describe(const Problem& problem);
+
+}  // namespace jax_fa3

@@ -1,0 +1,84 @@
+// The producer: one thread that keeps the rings full, running on from tile to tile.
+#pragma once
+
+#include "cuda/core/mask.h"
+#include "cuda/fwd/work.cuh"
+#include "cuda/ptx/tma.cuh"
+
+namespace jax_fa3 {
+
+// Batch coordinates of the operands, which may be broadcast over parts of the output's batch.
+struct OperandBatch {
+  int32_t q, k, v;
+};
+__device__ __forceinline__ OperandBatch operand_batch(const BatchMap& map, int32_t batch) {
+  if (map.levels == 1) {
+    return {batch * map.q_stride[0], batch * map.k_stride[0], batch * map.v_stride[0]};
+  }
+  OperandBatch at{0, 0, 0};
+  for (int level = map.levels - 1; level >= 0; --level) {
+    const int32_t i = batch % map.size[level];
+    batch /= map.size[level];
+    at.q += i * map.q_stride[level];
+    at.k += i * map.k_stride[level];
+    at.v += i * map.v_stride[level];
+  }
+  return at;
+}
+
+// Loads in the order in which the consumers wait: K(n-1), Q, then K(n-2), V(n-1), ... K(0), V(1),
+// V(0). Keys run one block ahead of values, from the last block to the first.
+template <class Config>
+__device__ __forceinline__ void produce(const FwdParams& params, const FwdRings<Config>& rings) {
+  constexpr FwdConfig kConfig = Config::value;
+  typename FwdRings<Config>::Position k_at, v_at;
+  uint32_t q_phase = 0;
+
+  FwdSchedule<Config> schedule(rings.tile_queue);
+  while (true) {
+    schedule.publish();
+    if (schedule.index >= params.grid.tiles) return;
+    schedule.prefetch(params.tile_counter);
+
+    const TileWork work = tile_work<Config>(params, schedule.index);
+    const int32_t blocks = tile_blocks<Config>(params, work);
+    if (blocks > 0) {
+      const OperandBatch batch = operand_batch(params.batch_map, work.tile.batch);
+      const int32_t head_k = work.tile.head / params.group;
+
+      const auto load_k = [&](int32_t block) {
+        rings.k_ring.acquire(k_at, kConfig.kv_bytes());
+        ptx::tma_load_5d(params.k_map, rings.k_ring.full_barrier(k_at.stage),
+                         rings.k + k_at.stage * kConfig.kv_bytes(), 0, block * kConfig.tile_n, 0,
+                         head_k, batch.k);
+        k_at.advance();
+      };
+      const auto load_v = [&](int32_t block) {
+        rings.v_ring.acquire(v_at, kConfig.kv_bytes());
+        ptx::tma_load_5d(params.v_map, rings.v_ring.full_barrier(v_at.stage),
+                         rings.v + v_at.stage * kConfig.kv_bytes(), 0, block * kConfig.tile_n, 0,
+                         head_k, batch.v);
+        v_at.advance();
+      };
+
+      load_k(blocks - 1);
+#pragma unroll
+      for (int w = 0; w < kConfig.consumer_warpgroups; ++w) {
+        ptx::mbarrier_wait(rings.q_empty + 8 * w, q_phase ^ 1);
+        ptx::mbarrier_arrive_expect_tx(rings.q_full + 8 * w, kConfig.q_bytes());
+        ptx::tma_load_5d(params.q_map, rings.q_full + 8 * w, rings.q + w * kConfig.q_bytes(), 0,
+                         work.tile.m_tile * kConfig.tile_m() + w * 64, 0, work.tile.head, batch.q);
+      }
+      q_phase ^= 1;
+#pragma unroll 1  // unrolled, the loop outgrows the producer's registers
+      for (int32_t block = blocks - 2; block >= 0; --block) {
+        load_k(block);
+        load_v(block + 1);
+      }
+      load_v(0);
+    }
+    schedule.step();
+  }
+}
+
+}  // namespace jax_fa3

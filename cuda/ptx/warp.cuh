@@ -1,0 +1,63 @@
+// Lanes, warps, warpgroups: who am I, which one of us acts, how many registers may we have.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_fa3::ptx {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int kWarpgroupSize = 128;
+
+__device__ __forceinline__ int lane_index() { return threadIdx.x % kWarpSize; }
+
+// Uniform over the warp. The shuffle tells ptxas so; without it, branches on the index count as
+// divergent and wgmma inside them is serialized.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
+__device__ __forceinline__ int warpgroup_index() { return warp_index() / 4; }
+
+// True in exactly one lane of a converged warp.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-elect-sync
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+// setmaxnreg: all warps of the warpgroup execute it, once, at the top of their role.
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Reductions over the four lanes that share an accumulator row.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// 2^x, flushing denormals; exact at -inf (+0) and NaN. Not volatile: ptxas may place it freely.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+}  // namespace jax_fa3::ptx

@@ -1,0 +1,6 @@
+// The forward handler's symbol, for module.cc.
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+extern "C" XLA_FFI_Error* jax_fa3_fwd_v1(XLA_FFI_CallFrame* call_frame);
