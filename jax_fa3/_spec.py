@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 
@@ -21,8 +20,8 @@ class AttentionSpec:
     A field added here must reach every implementation, or `_support.reasons` must refuse it.
 
     Attributes:
-      scale: multiplies q . k. Always finite and > 0: an array, a negative or a zero scale was folded
-        into the query (and leaves 1.0, or its magnitude, here).
+      scale: multiplies q . k. Always finite and > 0: an array, a negative or a zero scale was
+        folded into the query (and leaves 1.0, or its magnitude, here).
       is_causal: query t sees the keys up to its own place on the diagonal.
       causal_alignment: "top_left" or "bottom_right": where the diagonal lies when T != S, for
         is_causal and window. "bottom_right" puts the last valid query on the last valid key.
@@ -42,27 +41,27 @@ class AttentionSpec:
 
 
 class Operands(NamedTuple):
-    """The arrays of a call; None is absent. A pytree, in the order in which primitives bind them."""
+    """The arrays of a call (or their types); None is absent. A pytree."""
 
     query: Any  # [*batch, T, N, H]
     key: Any  # [*batch, S, K, H]
     value: Any  # [*batch, S, K, D]
-    bias: jax.Array | None = None  # full rank, each dim 1 or that of [*batch, N, T, S]
-    mask: jax.Array | None = None  # bool, full rank, each dim 1 or that of [*batch, N, T, S]
-    query_offset: jax.Array | None = None  # int32 [*batch]: query t stands at key position t + it
-    query_seq_lengths: jax.Array | None = None  # int32 [*batch], in [0, T]
-    key_value_seq_lengths: jax.Array | None = None  # int32 [*batch], in [0, S]
-    query_segment_ids: jax.Array | None = None  # int [*batch, T]; both ids or neither, one dtype
-    key_value_segment_ids: jax.Array | None = None  # int [*batch, S]
+    bias: Any = None  # full rank, each dim 1 or that of [*batch, N, T, S]
+    mask: Any = None  # bool, full rank, each dim 1 or that of [*batch, N, T, S]
+    query_offset: Any = None  # int32 [*batch]: query t stands at key position t + it
+    query_seq_lengths: Any = None  # int32 [*batch], in [0, T]
+    key_value_seq_lengths: Any = None  # int32 [*batch], in [0, S]
+    query_segment_ids: Any = None  # int [*batch, T]; both ids or neither, one dtype
+    key_value_segment_ids: Any = None  # int [*batch, S]
     # Positions replace t + offset and s in the causal and window rules (packed sequences).
-    query_positions: jax.Array | None = None  # int32 [*batch, T]
-    key_positions: jax.Array | None = None  # int32 [*batch, S]
-    sinks: jax.Array | None = None  # float [N], no batch dims
-    # float32, float8 inputs only: [*batch, blocks of T, N] and [*batch, blocks of S, K]; a block has
-    # ceil(T / blocks) or ceil(S / blocks) tokens.
-    query_descale: jax.Array | None = None
-    key_descale: jax.Array | None = None
-    value_descale: jax.Array | None = None
+    query_positions: Any = None  # int32 [*batch, T]
+    key_positions: Any = None  # int32 [*batch, S]
+    sinks: Any = None  # float [N], no batch dims
+    # float32, float8 inputs only: [*batch, blocks of T, N] and [*batch, blocks of S, K], where one
+    # block is all tokens and more of them have 64 or 128 tokens each, whichever gives their number.
+    query_descale: Any = None
+    key_descale: Any = None
+    value_descale: Any = None
 
 
 # How many trailing dims of an operand are not batch dims.

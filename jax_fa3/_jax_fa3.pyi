@@ -1,0 +1,41 @@
+"""The compiled extension (ffi/module.cc). It imports on a machine with no GPU and no driver."""
+
+def registrations() -> dict[str, object]:
+    """Custom-call target name -> capsule with the XLA FFI handler."""
+
+def supported_head_dims() -> list[int]: ...
+def kernels() -> list[str]:
+    """Names of the compiled kernel configurations."""
+
+def describe_plan(
+    dtype: str,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    is_causal: bool,
+) -> str:
+    """The plan of a forward call as text."""
+
+def fwd_workspace_bytes(
+    dtype: str,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    is_causal: bool,
+) -> int:
+    """Size of the forward's workspace result."""
+
+def ffi_api_version() -> tuple[int, int]:
+    """(major, minor) of the XLA FFI headers it was compiled against."""
+
+def driver_version() -> int:
+    """As cudaDriverGetVersion counts, 13000 for CUDA 13.0; 0 without a driver."""
+
+def cuda_version() -> int:
+    """Toolkit it was built with, in the same count."""

@@ -1,0 +1,387 @@
+"""The primitives jax_fa3_fwd and jax_fa3_bwd.
+
+They are polymorphic in leading batch dims: every operand has the same number of them, each full or
+1, and 1 is broadcast. So vmap only moves the mapped axis to the front, and an axis that maps the
+query alone copies no key or value.
+
+The default lowering is the xla path. The CUDA lowering of the forward is the kernel, or the xla
+path where the kernels cannot run; the backward lowers to the xla path everywhere, from the saved
+out and lse.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core
+import jax.ffi
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
+
+from jax_fa3 import _blockwise, _native, _support
+from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands
+
+fwd_p = jax.extend.core.Primitive("jax_fa3_fwd")
+bwd_p = jax.extend.core.Primitive("jax_fa3_bwd")
+
+# Of the operands: bias and mask broadcast in their own way and sinks have no batch dims; no kernel
+# takes them.
+_BINDABLE = tuple(name for name in Operands._fields if name not in ("bias", "mask", "sinks"))
+
+
+# --- public functions ---
+
+
+def forward(
+    spec: AttentionSpec, operands: Operands, *, fallback: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Attention by the primitive.
+
+    Args:
+      spec: static options; `_support.reasons` has nothing against them.
+      operands: arrays with the same number of batch dims, each full or 1.
+      fallback: where the kernels cannot run, lower to the xla path; otherwise raise
+        UnsupportedError while lowering.
+    Returns:
+      out [*batch, T, N, D] in spec.out_dtype, lse [*batch, N, T].
+    """
+    names, arrays = _present(operands)
+    out, lse = fwd_p.bind(*arrays, names=names, spec=spec, fallback=fallback)
+    return out, lse
+
+
+def backward(
+    spec: AttentionSpec,
+    operands: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> Operands:
+    """The cotangents of `forward`'s differentiable operands, with all batch dims full."""
+    names, arrays = _present(operands)
+    grads = bwd_p.bind(*arrays, out, lse, dout, dlse, names=names, spec=spec)
+    found = dict(zip(_differentiable(names), grads, strict=True))
+    return Operands(**{name: found.get(name) for name in Operands._fields})
+
+
+def _present(operands: Operands) -> tuple[tuple[str, ...], list[Any]]:
+    pairs = [(n, x) for n, x in zip(Operands._fields, operands, strict=True) if x is not None]
+    names = tuple(name for name, _ in pairs)
+    if not set(names) <= set(_BINDABLE):
+        raise AssertionError(f"cannot bind {sorted(set(names) - set(_BINDABLE))}")
+    return names, [x for _, x in pairs]
+
+
+def _as_operands(names: Sequence[str], arrays: Sequence[Any]) -> Operands:
+    found = dict(zip(names, arrays, strict=True))
+    return Operands(**{name: found.get(name) for name in Operands._fields})
+
+
+def _differentiable(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in DIFFERENTIABLE)
+
+
+def _core_ranks(names: Sequence[str]) -> list[int]:
+    """How many trailing dims of each operand are not batch dims."""
+    return [CORE_RANK[name] for name in names]
+
+
+_BWD_CORE_RANKS = [3, 2, 3, 2]  # out, lse, dout, dlse
+
+
+# --- abstract evaluation ---
+
+
+def _batch_of(shapes: Sequence[tuple[int, ...]], ranks: Sequence[int]) -> tuple[int, ...]:
+    """The full batch dims. Raises ValueError when an operand has others than those or 1."""
+    batches = [shape[: len(shape) - rank] for shape, rank in zip(shapes, ranks, strict=True)]
+    if len({len(batch) for batch in batches}) != 1:
+        raise ValueError(
+            f"jax_fa3: operands have batch dims {batches}, expected one number of them"
+        )
+    full = []
+    for sizes in zip(*batches, strict=True):
+        others = {size for size in sizes if size != 1}
+        if len(others) > 1:
+            raise ValueError(f"jax_fa3: operands have batch dims {batches}, expected full or 1")
+        full.append(others.pop() if others else 1)
+    return tuple(full)
+
+
+def _batch_sharding(avals: Sequence[Any], ranks: Sequence[int], batch: tuple[int, ...]) -> list:
+    """Partition of the batch dims on Explicit mesh axes (vmap over a sharded axis makes them)."""
+    partition: list[Any] = [None] * len(batch)
+    for aval, rank in zip(avals, ranks, strict=True):
+        spec = tuple(aval.sharding.spec)
+        spec += (None,) * (aval.ndim - len(spec))
+        n = aval.ndim - rank
+        if any(axis is not None for axis in spec[n:]):
+            raise ValueError(
+                f"jax_fa3: an operand of type {aval} is sharded over Explicit mesh axes in a dim "
+                "that is not a batch dim; call jax_fa3.dot_product_attention, which places it, or "
+                "reshard it with jax.sharding.reshard first"
+            )
+        for i, axis in enumerate(spec[:n]):
+            if axis is not None and aval.shape[i] == batch[i]:
+                if partition[i] not in (None, axis):
+                    raise ValueError(
+                        f"jax_fa3: batch dim {i} is sharded over {partition[i]} in one operand and "
+                        f"over {axis} in another; reshard them alike with jax.sharding.reshard"
+                    )
+                partition[i] = axis
+    return partition
+
+
+def _check_varying(avals: Sequence[Any]) -> None:
+    """All operands must vary over the same manual axes, or cotangents would miss a sum."""
+    kinds = {aval.manual_axis_type for aval in avals}
+    if len(kinds) != 1:
+        raise ValueError(
+            "jax_fa3: operands vary over different manual mesh axes: "
+            + ", ".join(map(str, avals))
+            + "; use jax.lax.pcast(x, axes, to='varying') first"
+        )
+
+
+def _out_avals(shapes_and_dtypes, avals, ranks, batch) -> list[Any]:
+    """Avals on the operands' mesh, with their varying axes, batch dims sharded as theirs."""
+    like = next((aval for aval in avals if not aval.sharding.mesh.empty), avals[0])
+    partition = _batch_sharding(avals, ranks, batch)
+    outs = []
+    for core, dtype in shapes_and_dtypes:
+        spec = PartitionSpec(*partition, *[None] * len(core))
+        outs.append(
+            like.update(
+                shape=(*batch, *core),
+                dtype=np.dtype(dtype),
+                weak_type=False,
+                sharding=like.sharding.update(spec=spec),
+            )
+        )
+    return outs
+
+
+def _fwd_abstract(*avals, names, spec, fallback):
+    del fallback
+    ranks = _core_ranks(names)
+    _check_varying(avals)
+    q, k, v = avals[:3]
+    if (k.shape[-1], v.shape[-3:-1]) != (q.shape[-1], k.shape[-3:-1]):
+        raise ValueError(f"jax_fa3_fwd: query {q}, key {k} and value {v} do not match")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"jax_fa3_fwd: query {q}, key {k} and value {v} have different dtypes")
+    batch = _batch_of([a.shape for a in avals], ranks)
+    t, n, _ = q.shape[-3:]
+    lse_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    return _out_avals(
+        [((t, n, v.shape[-1]), spec.out_dtype), ((n, t), lse_dtype)], avals, ranks, batch
+    )
+
+
+def _bwd_abstract(*avals, names, spec):
+    del spec
+    ranks = _core_ranks(names) + _BWD_CORE_RANKS
+    _check_varying(avals)
+    batch = _batch_of([a.shape for a in avals], ranks)
+    wanted = set(_differentiable(names))
+    grads = [
+        (aval.shape[aval.ndim - CORE_RANK[name] :], aval.dtype)
+        for name, aval in zip(names, avals, strict=False)
+        if name in wanted
+    ]
+    return _out_avals(grads, avals, ranks, batch)
+
+
+# --- default lowering: the xla path ---
+
+
+def _over_broadcast(
+    fun: Callable[..., Sequence[jax.Array]], ranks: Sequence[int], arrays: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    """fun(*arrays), where fun wants full batch dims, without copying what is broadcast.
+
+    A batch dim in which some array is broadcast becomes a vmap with in_axes=None for that array.
+    """
+    batch = _batch_of([x.shape for x in arrays], ranks)
+    arrays = list(arrays)
+    mapped = []  # (batch dim, in_axes), the outermost vmap last
+    for dim in reversed(range(len(batch))):
+        absent = [x.shape[dim] != batch[dim] for x in arrays]
+        if not any(absent):
+            continue
+        arrays = [
+            jax.lax.squeeze(x, (dim,)) if a else x for x, a in zip(arrays, absent, strict=True)
+        ]
+        mapped.append((dim, [None if a else dim for a in absent]))
+    # A dim that an array lost shifts its later ones.
+    for i, (_, axes) in enumerate(mapped):
+        for _, later_axes in mapped[i + 1 :]:
+            axes[:] = [
+                axis if axis is None or lost is not None else axis - 1
+                for axis, lost in zip(axes, later_axes, strict=True)
+            ]
+    for dim, axes in reversed(mapped):
+        fun = jax.vmap(fun, in_axes=tuple(axes), out_axes=dim)
+    return fun(*arrays)
+
+
+def _xla_forward(*arrays, names, spec, fallback):
+    del fallback
+    ranks = _core_ranks(names)
+    q, v = arrays[0], arrays[2]
+    batch = _batch_of([x.shape for x in arrays], ranks)
+    t, n, _ = q.shape[-3:]
+    if 0 in (*batch, t, n):
+        lse_dtype = jnp.promote_types(q.dtype, jnp.float32)
+        return [
+            jnp.zeros((*batch, t, n, v.shape[-1]), spec.out_dtype),
+            jnp.zeros((*batch, n, t), lse_dtype),
+        ]
+
+    def attend(*arrays):
+        return list(_blockwise.forward(spec, _as_operands(names, arrays)))
+
+    return _over_broadcast(attend, ranks, arrays)
+
+
+def _xla_backward(*arrays, names, spec):
+    ranks = _core_ranks(names) + _BWD_CORE_RANKS
+    batch = _batch_of([x.shape for x in arrays], ranks)
+    wanted = _differentiable(names)
+    if 0 in (*batch, *arrays[0].shape[-3:-1]):
+        return [
+            jnp.zeros((*batch, *x.shape[x.ndim - CORE_RANK[name] :]), x.dtype)
+            for name, x in zip(names, arrays, strict=False)
+            if name in wanted
+        ]
+
+    def differentiate(*arrays):
+        operands, rest = arrays[: len(names)], arrays[len(names) :]
+        grads = _blockwise.backward(spec, _as_operands(names, operands), *rest)
+        return [getattr(grads, name) for name in wanted]
+
+    return _over_broadcast(differentiate, ranks, arrays)
+
+
+def _lower_xla(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`fun` as a lowering rule that sees plain arrays.
+
+    What the operands' types say of meshes has done its work in abstract evaluation; here it would
+    only ask every intermediate value of `fun` for the same.
+    """
+    rule = mlir.lower_fun(fun, multiple_results=True)
+
+    def lower(ctx, *operands, **params):
+        plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        return rule(ctx.replace(avals_in=plain), *operands, **params)
+
+    return lower
+
+
+_lower_xla_forward = _lower_xla(_xla_forward)
+
+
+def _lower_forward(ctx, *operands, names, spec, fallback):
+    if not fallback:
+        platforms = ctx.platforms or ctx.module_context.platforms
+        raise _support.UnsupportedError(
+            _support.refusal([f"platform {', '.join(platforms)}: the kernels run on CUDA devices"])
+        )
+    return _lower_xla_forward(ctx, *operands, names=names, spec=spec, fallback=fallback)
+
+
+# --- CUDA lowering ---
+
+
+def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
+    why_not = _native.why_not()
+    if why_not and not fallback:
+        raise _support.UnsupportedError(_support.refusal(why_not))
+    out, lse = ctx.avals_out
+    if why_not or not out.size:  # an empty result needs no kernel
+        if why_not:
+            _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
+        return _lower_xla_forward(ctx, *operands, names=names, spec=spec, fallback=fallback)
+
+    avals = dict(zip(names, ctx.avals_in, strict=True))
+    q, k = avals["query"], avals["key"]
+    batch, (t, n, h), (s, heads_k) = out.shape[:-3], q.shape[-3:], k.shape[-3:-1]
+    has_offset = "query_offset" in names
+    arguments = list(operands)
+    avals_in = list(ctx.avals_in)
+    if has_offset:  # one a batch row, copied if need be: these are 4 bytes each
+        i = names.index("query_offset")
+        offset = jax.core.ShapedArray(batch, np.dtype(np.int32))
+        spread = mlir.lower_fun(lambda x: jnp.broadcast_to(x, batch), multiple_results=False)
+        (arguments[i],) = spread(
+            ctx.replace(avals_in=[jax.core.ShapedArray(avals_in[i].shape, offset.dtype)]),
+            arguments[i],
+        )
+        avals_in[i] = offset
+    plan = (q.dtype.name, math.prod(batch), t, s, n, heads_k, h, spec.is_causal)
+    module = _native.extension()
+    assert module is not None  # or why_not would have said so
+    workspace = jax.core.ShapedArray((module.fwd_workspace_bytes(*plan),), np.dtype(np.uint8))
+    diagonal = s - t if spec.causal_alignment == "bottom_right" and not has_offset else 0
+    rule = jax.ffi.ffi_lowering(_native.FWD_TARGET)
+    # The one place where attributes get their types: XLA takes a Python float for f64, an int for
+    # s64, and decoding in C++ is strict.
+    results = rule(
+        ctx.replace(avals_in=avals_in, avals_out=[out, lse, workspace]),
+        *arguments,
+        scale=np.float32(spec.scale),
+        is_causal=np.bool_(spec.is_causal),
+        diagonal=np.int64(diagonal),
+        has_query_offset=np.bool_(has_offset),
+    )
+    return list(results)[:2]
+
+
+# --- batching ---
+
+
+def _batch(primitive: Any, args: Sequence[Any], dims: Sequence[int | None], **params):
+    """Moves the mapped axis to the front; an unmapped operand gets a leading 1."""
+    if all(dim is None for dim in dims):
+        outs = primitive.bind(*args, **params)
+        return outs, [None] * len(outs)
+    args = [
+        jnp.expand_dims(x, 0) if dim is None else jnp.moveaxis(x, dim, 0)
+        for x, dim in zip(args, dims, strict=True)
+    ]
+    outs = primitive.bind(*args, **params)
+    return outs, [0] * len(outs)
+
+
+# --- registration ---
+
+
+def _no_derivative(what: str) -> Callable[..., Any]:
+    def jvp(primals, tangents, **params):
+        del primals, tangents, params
+        raise _support.UnsupportedError(
+            f'jax_fa3: {what} is not defined for the kernels; implementation="xla" has reverse '
+            "over reverse, and jax_fa3.reference.dot_product_attention any derivative"
+        )
+
+    return jvp
+
+
+for _p, _abstract in ((fwd_p, _fwd_abstract), (bwd_p, _bwd_abstract)):
+    _p.multiple_results = True
+    _p.def_impl(functools.partial(xla.apply_primitive, _p))
+    _p.def_abstract_eval(_abstract)
+    batching.primitive_batchers[_p] = functools.partial(_batch, _p)
+ad.primitive_jvps[fwd_p] = _no_derivative("forward-mode differentiation")
+ad.primitive_jvps[bwd_p] = _no_derivative("a second derivative")
+mlir.register_lowering(fwd_p, _lower_forward)
+mlir.register_lowering(fwd_p, _lower_forward_cuda, platform="cuda")
+mlir.register_lowering(bwd_p, _lower_xla(_xla_backward))

@@ -1,0 +1,110 @@
+"""The derivative of attention, in two stages, for both implementations.
+
+Stage one computes (out, lse) outside of differentiation and gives them their checkpoint names;
+stage two attaches a reverse rule to them. So a remat policy that saves those names saves just what
+the rule needs, and the forward kernel does not run again. (A name inside a custom_vjp's forward
+rule, or on its outputs, does not do that under every setting of jax.checkpoint.)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_fa3 import _arguments, _blockwise, _primitive, _support
+from jax_fa3._spec import DIFFERENTIABLE, AttentionSpec, Operands
+
+# Under one jit, layers of one shape are traced once, and an eager call is compiled.
+_xla_forward = jax.jit(_blockwise.forward, static_argnums=0)
+_xla_backward_of_saved = jax.jit(_blockwise.backward, static_argnums=0)
+
+
+def attend(
+    spec: AttentionSpec, operands: Operands, choice: _support.Choice, names: tuple[str, str]
+) -> tuple[jax.Array, jax.Array]:
+    """Attention by the implementation chosen.
+
+    Args:
+      spec, operands: a checked call. Operands vary over the same manual mesh axes.
+      choice: the implementation; it can take the call.
+      names: checkpoint names of out and lse.
+    Returns:
+      out [*batch, T, N, D] in spec.out_dtype, lse [*batch, N, T], both with a gradient.
+    """
+    constants = jax.tree.map(jax.lax.stop_gradient, operands)
+    if choice.implementation == "fa3":
+        out, lse = _primitive.forward(spec, constants, fallback=choice.fallback)
+    else:
+        out, lse = _xla_forward(spec, constants)
+    out, lse = checkpoint_name(out, names[0]), checkpoint_name(lse, names[1])
+    return _attach((spec, choice.implementation), operands, out, lse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attach(static, operands, out, lse):
+    """(out, lse) as they are, with the derivative of attention with regard to the operands."""
+    del static, operands
+    return out, lse
+
+
+def _attach_fwd(static, operands, out, lse):
+    if operands.query.dtype == _arguments.FLOAT8:
+        raise _support.UnsupportedError(
+            "jax_fa3: attention of float8 inputs has no gradient; the recipe is to keep 16-bit "
+            "inputs, quantise them for the forward pass, and differentiate bfloat16 attention of "
+            "the unquantised ones (jax.custom_vjp); or jax.lax.stop_gradient around this one"
+        )
+    return (out, lse), (operands, out, lse)
+
+
+def _attach_bwd(static, residuals, cotangents):
+    spec, implementation = static
+    if implementation == "fa3":
+        grads = _primitive.backward(spec, *residuals, *cotangents)
+    else:
+        grads = _xla_backward(spec, *residuals, *cotangents)
+    return grads, None, None
+
+
+_attach.defvjp(_attach_fwd, _attach_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _xla_backward(spec, operands, out, lse, dout, dlse):
+    """The operands' cotangents from the saved out and lse.
+
+    Its own derivative must not take out and lse for constants, though stage one hides where they
+    come from: it differentiates `_blockwise.attention`'s reverse rule, which knows.
+    """
+    return _xla_backward_of_saved(spec, operands, out, lse, dout, dlse)
+
+
+def _xla_backward_fwd(spec, operands, out, lse, dout, dlse):
+    grads = _xla_backward(spec, operands, out, lse, dout, dlse)
+    return grads, (operands, dout, dlse)
+
+
+def _xla_backward_bwd(spec, residuals, cotangents):
+    operands, dout, dlse = residuals
+
+    def gradients(wanted: dict[str, jax.Array], dout, dlse) -> dict[str, jax.Array]:
+        def attention(wanted):
+            return _blockwise.attention(spec, operands._replace(**wanted))
+
+        return jax.vjp(attention, wanted)[1]((dout, dlse))[0]
+
+    wanted = _only_differentiable(operands)
+    _, transpose = jax.vjp(gradients, wanted, dout, dlse)
+    second, ddout, ddlse = transpose(_only_differentiable(cotangents))
+    found = Operands(**{name: second.get(name) for name in Operands._fields})
+    return found, None, None, ddout, ddlse
+
+
+_xla_backward.defvjp(_xla_backward_fwd, _xla_backward_bwd)
+
+
+def _only_differentiable(operands: Operands) -> dict[str, jax.Array]:
+    found = {name: getattr(operands, name) for name in DIFFERENTIABLE}
+    return {name: x for name, x in found.items() if x is not None}
