@@ -1,4 +1,5 @@
-// What a host function of this library returns: success, or why not. It never throws or aborts.
+// What a host function of this library returns: success, or why not. It never
+// throws or aborts.
 #pragma once
 
 #include <string>
@@ -25,4 +26,4 @@ struct Status {
   }
 };
 
-}  // namespace jax_fa3
+} // namespace jax_fa3

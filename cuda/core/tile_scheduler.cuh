@@ -10,37 +10,6 @@
 
 namespace jax_fa3 {
 
-struct Tile {
-  int32_t m_tile;
-  int32_t head;
-  int32_t batch;
-};
-
-// Query tiles of one head next to each other: they read the same keys and values.
-struct HeadMajorOrder {
-  static __device__ __forceinline__ Tile tile(const TileGrid& grid, uint32_t index) {
-    const uint32_t pair = index / grid.m_tiles;
-    return {static_cast<int32_t>(index % grid.m_tiles), static_cast<int32_t>(pair % grid.heads),
-            static_cast<int32_t>(pair / grid.heads)};
-  }
-};
-
-// Longest tiles first, so that no CTA starts a long one when the others finish, inside groups of
-// heads whose keys and values fit L2 together.
-struct LongestFirstOrder {
-  static __device__ __forceinline__ Tile tile(const TileGrid& grid, uint32_t index) {
-    const uint32_t group_tiles = grid.heads_in_flight * grid.m_tiles;
-    const uint32_t group = index / group_tiles;
-    const uint32_t within = index % group_tiles;
-    const uint32_t first_pair = group * grid.heads_in_flight;
-    const uint32_t pairs =
-        min(static_cast<uint32_t>(grid.heads_in_flight), grid.tiles / grid.m_tiles - first_pair);
-    const uint32_t pair = first_pair + within % pairs;
-    return {grid.m_tiles - 1 - static_cast<int32_t>(within / pairs),
-            static_cast<int32_t>(pair % grid.heads), static_cast<int32_t>(pair / grid.heads)};
-  }
-};
-
 // The shared memory of a dynamic schedule: a ring of two tile indices.
 struct TileQueue {
   static constexpr int kSlots = 2;

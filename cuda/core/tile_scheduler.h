@@ -1,16 +1,54 @@
-// The extent of a launch in tiles, as host and device see it.
+// The tiles of a launch and the order in which they are worked on. Plain C++,
+// so that a test can walk every order.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_fa3 {
 
-struct TileGrid {
-  uint32_t tiles;  // m_tiles * heads * batch
-  int32_t m_tiles;
-  int32_t heads;
-  int32_t
-      heads_in_flight;  // longest-first order: (head, batch) pairs whose keys and values share L2
+struct Tile {
+  int32_t m_tile;
+  int32_t head;
+  int32_t batch;
 };
 
-}  // namespace jax_fa3
+struct TileGrid {
+  uint32_t tiles; // m_tiles * heads * batch
+  int32_t m_tiles;
+  int32_t heads;
+  // Longest-first order: how many (head, batch) pairs are in flight, sharing
+  // L2.
+  int32_t heads_in_flight;
+};
+
+// Query tiles of one head next to each other: they read the same keys and
+// values.
+struct HeadMajorOrder {
+  static constexpr Tile tile(const TileGrid &grid, uint32_t index) {
+    const uint32_t pair = index / grid.m_tiles;
+    return {static_cast<int32_t>(index % grid.m_tiles),
+            static_cast<int32_t>(pair % grid.heads),
+            static_cast<int32_t>(pair / grid.heads)};
+  }
+};
+
+// Longest tiles first, so that no CTA starts a long one when the others finish,
+// inside groups of heads whose keys and values fit L2 together.
+struct LongestFirstOrder {
+  static constexpr Tile tile(const TileGrid &grid, uint32_t index) {
+    const uint32_t group_tiles = grid.heads_in_flight * grid.m_tiles;
+    const uint32_t group = index / group_tiles;
+    const uint32_t within = index % group_tiles;
+    const uint32_t first_pair = group * grid.heads_in_flight;
+    const uint32_t left = grid.tiles / grid.m_tiles - first_pair;
+    const uint32_t pairs = left < static_cast<uint32_t>(grid.heads_in_flight)
+                               ? left
+                               : static_cast<uint32_t>(grid.heads_in_flight);
+    const uint32_t pair = first_pair + within % pairs;
+    return {grid.m_tiles - 1 - static_cast<int32_t>(within / pairs),
+            static_cast<int32_t>(pair % grid.heads),
+            static_cast<int32_t>(pair / grid.heads)};
+  }
+};
+
+} // namespace jax_fa3

@@ -8,7 +8,7 @@ namespace {
 
 // Row and key positions, their sums with the diagonal, and byte strides of tensor maps (< 2^40) all
 // stay in range below this.
-constexpr int64_t kMaxSeqlen = int64_t{1} << 30;
+constexpr int64_t kMaxSeqlen = int64_t{1} << 29;
 
 // Heads whose keys and values together fill about this much of the 50 MB L2 are worked on at the
 // same time in the longest-first order: more would evict each other, fewer leave CTAs without work.
@@ -26,14 +26,14 @@ Status check(const Problem& p) {
     why << (why.tellp() > 0 ? "; " : "") << name << " is " << got << ", expected " << wanted;
   };
   if (p.batch < 0) refuse("batch", p.batch, "at least 0");
-  if (p.seqlen_q < 0 || p.seqlen_q >= kMaxSeqlen) refuse("seqlen_q", p.seqlen_q, "[0, 2^30)");
-  if (p.seqlen_k < 0 || p.seqlen_k >= kMaxSeqlen) refuse("seqlen_k", p.seqlen_k, "[0, 2^30)");
+  if (p.seqlen_q < 0 || p.seqlen_q >= kMaxSeqlen) refuse("seqlen_q", p.seqlen_q, "[0, 2^29)");
+  if (p.seqlen_k < 0 || p.seqlen_k >= kMaxSeqlen) refuse("seqlen_k", p.seqlen_k, "[0, 2^29)");
   if (p.heads_q < 0) refuse("heads_q", p.heads_q, "at least 0");
   if (p.heads_k <= 0 ? p.heads_q != 0 : p.heads_q % p.heads_k != 0) {
     refuse("heads_k", p.heads_k, "a divisor of heads_q = " + std::to_string(p.heads_q));
   }
   if (p.diagonal < -kMaxSeqlen || p.diagonal > kMaxSeqlen) {
-    refuse("diagonal", p.diagonal, "[-2^30, 2^30]");
+    refuse("diagonal", p.diagonal, "[-2^29, 2^29]");
   }
   if (!(p.scale > 0)) {
     why << (why.tellp() > 0 ? "; " : "") << "scale is " << p.scale << ", expected above 0";

@@ -1,0 +1,175 @@
+// plan_fwd: which configuration, which grid, and what is refused in which
+// words.
+#include "cuda/fwd/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <tuple>
+
+namespace jax_fa3 {
+namespace {
+
+Problem problem(int64_t batch, int64_t seqlen, int64_t heads, int64_t head_dim,
+                MaskKind mask) {
+  Problem p;
+  p.batch = p.batch_q = p.batch_k = p.batch_v = batch;
+  p.seqlen_q = p.seqlen_k = seqlen;
+  p.heads_q = p.heads_k = heads;
+  p.head_dim = head_dim;
+  p.mask = mask;
+  p.scale = 0.125f;
+  return p;
+}
+
+FwdPlan planned(const Problem &p) {
+  FwdPlan plan;
+  const Status status = plan_fwd(p, Device{}, plan);
+  EXPECT_TRUE(status.ok()) << status.message;
+  return plan;
+}
+
+std::string refused(const Problem &p, StatusCode code) {
+  FwdPlan plan;
+  const Status status = plan_fwd(p, Device{}, plan);
+  EXPECT_EQ(status.code, code) << status.message;
+  return status.message;
+}
+
+TEST(Plan, EveryDtypeHeadDimAndMaskHasItsConfiguration) {
+  for (DType dtype : {DType::kBF16, DType::kF16}) {
+    for (int head_dim : {64, 128, 256}) {
+      for (MaskKind mask : {MaskKind::kFull, MaskKind::kCausal}) {
+        Problem p = problem(2, 8192, 16, head_dim, mask);
+        p.dtype = dtype;
+        const FwdConfig &config = planned(p).named().config;
+        EXPECT_EQ(config.dtype, dtype);
+        EXPECT_EQ(config.head_dim, head_dim);
+        EXPECT_EQ(config.mask, mask);
+      }
+    }
+  }
+}
+
+TEST(Plan, ConfigurationsFitTheirMultiprocessor) {
+  for (const NamedFwdConfig &named : kFwdConfigs)
+    EXPECT_TRUE(named.config.fits()) << named.name;
+}
+
+TEST(Plan, TilesCoverTheOutput) {
+  for (int64_t seqlen : {1, 63, 64, 191, 192, 193, 3001}) {
+    const FwdPlan plan = planned(problem(3, seqlen, 5, 128, MaskKind::kFull));
+    const int64_t tile_m = plan.named().config.tile_m();
+    EXPECT_GE(plan.grid.m_tiles * tile_m, seqlen);
+    EXPECT_LT((plan.grid.m_tiles - 1) * tile_m, seqlen);
+    EXPECT_EQ(plan.grid.tiles, plan.grid.m_tiles * 3 * 5);
+    EXPECT_EQ(plan.ctas, std::min<int64_t>(132, plan.grid.tiles));
+  }
+}
+
+TEST(Plan, NothingToDoNeedsNoGrid) {
+  EXPECT_EQ(planned(problem(0, 128, 4, 64, MaskKind::kFull)).ctas, 0);
+  EXPECT_EQ(planned(problem(2, 0, 4, 64, MaskKind::kCausal)).ctas, 0);
+  EXPECT_EQ(planned(problem(2, 128, 0, 64, MaskKind::kCausal)).ctas, 0);
+}
+
+TEST(Plan, QueriesWithoutKeysStillGetTheirZeros) {
+  Problem p = problem(2, 128, 4, 64, MaskKind::kFull);
+  p.seqlen_k = 0;
+  EXPECT_GT(planned(p).ctas, 0);
+}
+
+TEST(Plan, MoreHeadsThanAGridDimensionIsFine) {
+  const FwdPlan plan = planned(problem(1024, 64, 256, 64, MaskKind::kCausal));
+  EXPECT_EQ(plan.grid.tiles, 1024u * 256);
+  EXPECT_EQ(plan.ctas, 132);
+}
+
+TEST(Plan, HeadsInFlightFitTheL2) {
+  // 8192 keys and values of 128 x 2 bytes are 4 MB a head: 8 heads in 32 MB.
+  EXPECT_EQ(planned(problem(2, 8192, 16, 128, MaskKind::kCausal))
+                .grid.heads_in_flight,
+            8);
+  // Never none, never more than there are.
+  EXPECT_EQ(planned(problem(1, 1 << 20, 4, 128, MaskKind::kCausal))
+                .grid.heads_in_flight,
+            1);
+  EXPECT_EQ(
+      planned(problem(2, 128, 4, 128, MaskKind::kCausal)).grid.heads_in_flight,
+      8);
+  // Query heads that share a key head count once.
+  Problem gqa = problem(2, 8192, 32, 128, MaskKind::kCausal);
+  gqa.heads_k = 8;
+  EXPECT_EQ(planned(gqa).grid.heads_in_flight, 32);
+}
+
+TEST(Plan, RefusalsNameTheFieldTheValueAndTheWish) {
+  Problem p = problem(2, 128, 6, 128, MaskKind::kFull);
+  p.heads_k = 4;
+  p.seqlen_k = int64_t{1} << 29;
+  p.scale = -1;
+  const std::string message = refused(p, StatusCode::kInvalidArgument);
+  EXPECT_NE(message.find("heads_k is 4, expected a divisor of heads_q = 6"),
+            std::string::npos);
+  EXPECT_NE(message.find("seqlen_k is 536870912"), std::string::npos);
+  EXPECT_NE(message.find("scale is -1"), std::string::npos);
+}
+
+TEST(Plan, AMissingHeadDimListsWhatThereIs) {
+  const std::string message = refused(problem(2, 128, 4, 96, MaskKind::kFull),
+                                      StatusCode::kUnimplemented);
+  EXPECT_NE(message.find("head_dim 96"), std::string::npos);
+  EXPECT_NE(message.find("FwdBf16Hdim128Full"), std::string::npos);
+}
+
+TEST(Plan, MoreTilesThanTheCounterHoldsAreRefused) {
+  refused(problem(1 << 20, 192 * 64, 64, 64, MaskKind::kCausal),
+          StatusCode::kUnimplemented);
+}
+
+TEST(Plan, ACounterIsNeededOnlyWhereTilesAreHandedOut) {
+  EXPECT_EQ(fwd_workspace_bytes(problem(2, 8192, 16, 128, MaskKind::kFull)), 0);
+  EXPECT_EQ(fwd_workspace_bytes(problem(2, 8192, 16, 128, MaskKind::kCausal)),
+            128);
+}
+
+TEST(Plan, TheDescriptionNamesConfigurationAndProblem) {
+  const Problem p = problem(2, 8192, 16, 128, MaskKind::kCausal);
+  const std::string text = describe(p, planned(p));
+  EXPECT_NE(text.find("FwdBf16Hdim128Causal"), std::string::npos);
+  EXPECT_NE(text.find("batch 2"), std::string::npos);
+}
+
+template <class Order> void expect_every_tile_once(const TileGrid &grid) {
+  std::set<std::tuple<int, int, int>> seen;
+  for (uint32_t index = 0; index < grid.tiles; ++index) {
+    const Tile tile = Order::tile(grid, index);
+    EXPECT_GE(tile.m_tile, 0);
+    EXPECT_LT(tile.m_tile, grid.m_tiles);
+    EXPECT_LT(tile.head, grid.heads);
+    EXPECT_LT(tile.batch,
+              static_cast<int>(grid.tiles) / grid.m_tiles / grid.heads);
+    EXPECT_TRUE(seen.insert({tile.m_tile, tile.head, tile.batch}).second)
+        << index;
+  }
+}
+
+TEST(TileOrder, EveryTileComesUpOnce) {
+  for (int heads_in_flight : {1, 2, 3, 7, 15}) {
+    const TileGrid grid{4 * 5 * 3, 4, 5, heads_in_flight};
+    expect_every_tile_once<HeadMajorOrder>(grid);
+    expect_every_tile_once<LongestFirstOrder>(grid);
+  }
+}
+
+TEST(TileOrder, LongestTilesOfAGroupComeFirst) {
+  const TileGrid grid{4 * 6, 4, 6, 3};
+  for (uint32_t index = 1; index < 12; ++index) {
+    EXPECT_LE(LongestFirstOrder::tile(grid, index).m_tile,
+              LongestFirstOrder::tile(grid, index - 1).m_tile);
+    EXPECT_LT(LongestFirstOrder::tile(grid, index).head, 3);
+  }
+}
+
+} // namespace
+} // namespace jax_fa3
