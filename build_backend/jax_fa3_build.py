@@ -1,13 +1,14 @@
 """The build backend: scikit-build-core, with build requirements that follow the machine.
 
-A `[build-system] requires` list is static, so with it a CPU-only install, or one on a machine that has a CUDA
-toolkit, would download a compiler for nothing. PEP 517 lets a backend answer instead:
+A `[build-system] requires` list is static, so with it a CPU-only install, or one on a machine that
+has a CUDA toolkit, would download a compiler for nothing. PEP 517 lets a backend answer instead:
 
 * `JAX_FA3_CPU_ONLY=1`: nothing of CUDA is downloaded or built; the wheel is pure Python.
 * an nvcc in `$CUDACXX`, `$CUDA_HOME/bin` or on the path: that compiler is used.
 * otherwise: the compiler comes from the package index, as wheels.
 
-CMakeLists.txt looks for the compiler in the same order. The lists are in pyproject.toml, [tool.jax-fa3-build].
+CMakeLists.txt looks for the compiler in the same order. The lists are in pyproject.toml, under
+[tool.jax-fa3-build].
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ _PYPROJECT = pathlib.Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def cpu_only() -> bool:
-    """Whether the environment asks for the pure-Python package (scikit-build-core's reading of a boolean)."""
-    return os.environ.get("JAX_FA3_CPU_ONLY", "").strip().lower() not in {"", "0", "false", "off", "no"}
+    """Whether the environment asks for pure Python; a boolean as scikit-build-core reads it."""
+    value = os.environ.get("JAX_FA3_CPU_ONLY", "")
+    return value.strip().lower() not in {"", "0", "f", "false", "n", "no", "off"}
 
 
 def find_nvcc() -> str | None:

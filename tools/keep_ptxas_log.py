@@ -1,8 +1,9 @@
 """Runs one compiler command and keeps what it printed beside the object file, as OBJECT.ptxas.
 
-CMake puts this in front of nvcc (CMakeLists.txt). `-Xptxas -v` prints registers, spills and remarks about wgmma on
-every compilation and never again; the kernel gate (check_kernels.py) needs them after builds that compiled nothing too.
-Remarks that the gate would refuse are also shown at once, so a person sees them while building.
+CMake puts this in front of nvcc (CMakeLists.txt). `-Xptxas -v` prints registers, spills and remarks
+about wgmma on every compilation and never again; the kernel gate (check_kernels.py) needs them
+after builds that compiled nothing too. Remarks that the gate would refuse are also shown at once,
+so a person sees them while building.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def is_report(line: str) -> bool:
 
 
 def main(command: list[str]) -> int:
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if "-o" in command:
         target = command[command.index("-o") + 1]
         pathlib.Path(target + ".ptxas").write_text(result.stdout)

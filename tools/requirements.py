@@ -1,8 +1,9 @@
-"""Prints what some extras of pyproject.toml ask for, one requirement a line, without the package itself.
+"""Prints what extras of pyproject.toml ask for, one requirement a line, without the package.
 
     python tools/requirements.py EXTRA...      # always with the package's own dependencies
 
-The Makefile installs these apart from the package: another extra then costs a download, not a build of the extension.
+The Makefile installs these apart from the package: another extra then costs a download, not a
+build of the extension.
 """
 
 from __future__ import annotations
