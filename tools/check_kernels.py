@@ -200,7 +200,7 @@ def table(kernels: dict[str, Kernel]) -> str:
         "LDL",
         "STL",
     )
-    rows = [head]
+    rows: list[tuple] = [head]
     for kernel in sorted(
         kernels.values(), key=lambda kernel: (not kernel.is_main, readable(kernel.name))
     ):
@@ -278,7 +278,7 @@ def read_build(extension: pathlib.Path) -> tuple[dict[str, Kernel], list[str], l
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Checks what the compiler made of the kernels.")
     parser.add_argument(
         "--build-dir",
         type=pathlib.Path,
