@@ -93,7 +93,9 @@ _TREE_HASHES = flags.DEFINE_string(
     "without .git. Default: asks git.",
 )
 _COMMIT = flags.DEFINE_string("commit", None, "Commit, where git cannot tell. Only recorded.")
-_OUTPUT = flags.DEFINE_string("output", None, "Results file, JSON. Required.", required=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Results file, JSON; default: build/bench/attention_MODE.json."
+)
 
 # Relative errors allowed against the float32 reference. Rounding the probabilities and the output
 # to bfloat16 leaves 2e-3 to 4e-3; a wrong or unwritten block of rows leaves about 1.
@@ -152,8 +154,11 @@ def grid_rows(tokens=16384, hidden=2048, head_dims=(128, 64, 256), seqlens=GRID_
     ]
 
 
-def length_rows(first=1024, last=65536, heads=16, head_dim=128):
-    """Sequences that double, one to the batch."""
+def length_rows(first=4096, last=65536, heads=16, head_dim=128):
+    """Sequences that double, one to the batch.
+
+    The first is long enough that a kernel takes longer than its dispatch.
+    """
     doublings = range(int(math.log2(last / first)) + 1)
     return [Row(head_dim, "causal", first * 2**n, 1, heads) for n in doublings]
 
@@ -866,8 +871,9 @@ def main(argv):
     rows = [row for row in rows if any(fnmatch.fnmatch(row.name, p) for p in _ROWS.value)]
     if not rows:
         raise app.UsageError(f"--rows={','.join(_ROWS.value)} names no row")
+    output = _OUTPUT.value or f"build/bench/attention_{_MODE.value}.json"
     results = Results(
-        _OUTPUT.value,
+        output,
         f"attention_{_MODE.value}" + ("_smoke" if _SMOKE.value else ""),
         [row.name for row in rows],
         {
@@ -891,7 +897,7 @@ def main(argv):
     results.save(gemm=yardstick.summary(), failed_checks=failed)
     gemm = yardstick.summary()
     print(f"GEMM {gemm['size']}^3: {gemm['tflops']:.3g} TFLOP/s; {results.elapsed:.0f} s in all")
-    print(f"Written: {_OUTPUT.value}")
+    print(f"Written: {output}")
     if failed:
         print(f"FAILED their check, so were not timed: {', '.join(failed)}", file=sys.stderr)
         return 1

@@ -111,7 +111,7 @@ _COMPARE_STEPS = flags.DEFINE_integer(
 _PROMPT = flags.DEFINE_string("prompt", "def ", "What the sample starts with.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.6, "Of the sample; 0 takes the likeliest byte.")
 _OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", "demo_output", "Where train_lm.png (loss curve) and train_lm.json go."
+    "output_dir", "demo", "Where train_lm.png (loss curve) and train_lm.json go."
 )
 _HELP = {
     "dtype": "Activations: float32, bfloat16 or float16.",
@@ -300,7 +300,7 @@ def rms_norm(x, gain):
     """x over its root mean square, computed in float32. Zhang and Sennrich 2019, equation 4."""
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)
-    return (x32 * gain).astype(x.dtype)
+    return (x32 * gain.astype(jnp.float32)).astype(x.dtype)
 
 
 def rotate(x, positions):
@@ -533,7 +533,11 @@ def write_sample(parameters, settings, attention, prompt, seed):
         return tokens[:, 0]
 
     written = np.asarray(generate(parameters, prompt_bytes, jax.random.key(seed)))
-    return prompt + written.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    text = written.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    # A byte model may write control characters, which a terminal would obey.
+    return prompt + "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 @dataclasses.dataclass

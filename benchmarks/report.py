@@ -1,0 +1,573 @@
+"""Writes the README's measured tables and the figures from benchmarks/results/*.json.
+
+    python benchmarks/report.py           # rewrites the blocks of README.md and docs/figures/*.svg
+    python benchmarks/report.py --check   # writes nothing; exit 1 where they are out of date
+
+A block of the README lies between `<!-- generated: NAME -->` and `<!-- /generated -->`. Nothing
+but the standard library is used, and no figure is typed by hand: the same results always give the
+same bytes.
+
+    block          from                                written by
+    forward        forward.json                        attention.py
+    forward_plot   forward.json                        attention.py
+    memory         memory.json                         attention.py --mode=length
+    cpu            cpu.json                            cpu_xla.py
+    demo_h200      demo_h200*.json                     examples/train_lm.py --preset=h200
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from xml.sax.saxutils import escape
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = pathlib.Path("benchmarks/results")
+FIGURES = pathlib.Path("docs/figures")
+
+# How a peer of attention.py is called in tables and figures, and its colour (Okabe and Ito's
+# palette, which colour-blind readers can tell apart).
+PEER_NAMES = {
+    "fa3": "jax_fa3",
+    "xla": "jax_fa3 xla",
+    "cudnn": "cuDNN",
+    "tokamax": "tokamax",
+    "jnp": "plain jnp",
+    "flash_attn3_jax": "flash-attn3-jax",
+    "dew_flash_attn": "dew-flash-attn",
+    "flash_attention_3": "FlashAttention-3",
+}
+PEER_COLOURS = {
+    "fa3": "#d55e00",
+    "xla": "#e69f00",
+    "cudnn": "#0072b2",
+    "tokamax": "#009e73",
+    "jnp": "#7f7f7f",
+    "flash_attn3_jax": "#cc79a7",
+    "dew_flash_attn": "#56b4e9",
+    "flash_attention_3": "#000000",
+}
+
+
+class ReportError(Exception):
+    """The results or the README are not in the form that this script reads."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------
+
+
+def markdown_table(header, rows):
+    """A GitHub table; the first column is aligned left, the others right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def three_digits(value):
+    """12.3, 123, 0.123: as many digits as a repeated timing has."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def bytes_text(count):
+    """In MiB or GiB."""
+    if count is None:
+        return "–"
+    mib = count / 2**20
+    return f"{three_digits(mib)} MiB" if mib < 1024 else f"{three_digits(mib / 1024)} GiB"
+
+
+def provenance(results):
+    """One line on the device, the versions and the code behind a results file of attention.py."""
+    device, versions, code = results["device"], results["versions"], results["code"]
+    parts = [device["kind"]]
+    if device.get("driver"):
+        parts.append(f"driver {device['driver']}")
+    parts.append(f"JAX {versions['jax']}")
+    parts += [
+        f"{name} {versions[key]}"
+        for key, name in (("cudnn", "cuDNN"), ("tokamax", "tokamax"))
+        if versions.get(key)
+    ]
+    gemm = results["gemm"]
+    parts.append(f"bfloat16 GEMM {gemm['size']}³ {three_digits(gemm['tflops'])} TFLOP/s")
+    clocks = sorted(row["sm_clock_mhz"] for row in results["rows"] if row.get("sm_clock_mhz"))
+    if clocks:
+        parts.append(f"SM clock {clocks[0]:.0f} to {clocks[-1]:.0f} MHz")
+    trees = ", ".join(
+        f"{name} {digest[:8]}" for name, digest in code["tree_hashes"].items() if digest
+    )
+    parts.append(f"{results['date']}, git trees {trees}")
+    if code["matches_commit"] is False:
+        parts.append("files changed since their commit")
+    text = "; ".join(parts) + "."
+    if results["missing_rows"]:
+        text += f" The run ended before {', '.join(results['missing_rows'])}."
+    if results.get("failed_checks"):
+        text += f" Wrong answers, so not timed: {', '.join(results['failed_checks'])}."
+    return text
+
+
+def _grid_order(row):
+    return row["head_dim"], row["mask"] != "full", row["seqlen"]
+
+
+def _peers_of(results):
+    """The peers with at least one timing, in PEER_NAMES's order, FlashAttention-3 last."""
+    seen = {
+        peer for row in results["rows"] for peer, entry in row["peers"].items() if "tflops" in entry
+    }
+    peers = [peer for peer in PEER_NAMES if peer in seen]
+    if any("flash_attention_3" in row for row in results["rows"]):
+        peers.append("flash_attention_3")
+    return peers
+
+
+def _tflops(row, peer):
+    if peer == "flash_attention_3":
+        return row.get(peer, {}).get("tflops")
+    return row["peers"].get(peer, {}).get("tflops")
+
+
+def _median(values):
+    values = sorted(values)
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+def forward_block(results):
+    """The forward grid, one line a problem, with the ratios that matter."""
+    peers = _peers_of(results)
+    against = [peer for peer in ("cudnn", "flash_attention_3") if peer in peers and "fa3" in peers]
+    names = {**PEER_NAMES, "flash_attention_3": "FA3*"}
+    header = ["head dim, mask", "seq", *(names[peer] for peer in peers)]
+    header += [f"jax_fa3 / {names[peer]}" for peer in against]
+    table = []
+    for row in sorted(results["rows"], key=_grid_order):
+        ratios = row.get("fa3_over", {})
+        cells = [f"{row['head_dim']} {row['mask']}", row["seqlen"]]
+        cells += [three_digits(_tflops(row, peer)) for peer in peers]
+        cells += [f"{ratios[peer]:.2f}" if peer in ratios else "–" for peer in against]
+        table.append(cells)
+    lines = ["TFLOP/s, forward, bfloat16, 16k tokens, hidden size 2048; higher is better."]
+    for peer in against:
+        ratios = [row["fa3_over"][peer] for row in results["rows"] if peer in row["fa3_over"]]
+        lines.append(
+            f"jax_fa3 / {names[peer]}: median {_median(ratios):.2f}, "
+            f"{min(ratios):.2f} to {max(ratios):.2f}."
+        )
+    text = " ".join(lines) + "\n\n" + markdown_table(header, table) + "\n\n" + provenance(results)
+    if "flash_attention_3" in peers:
+        text += (
+            "\n\n\\* The original FlashAttention-3 did not run beside the others: it is this run's "
+            "cuDNN figure times the ratio of the two, measured once on an H200 "
+            "(`benchmarks/attention.py` has the ratios and how they were measured)."
+        )
+    return text
+
+
+def memory_block(results):
+    """Time and memory against length, forward and gradient."""
+    rows = sorted(results["rows"], key=lambda row: row["seqlen"])
+    texts = [
+        f"Causal self-attention, batch 1, {rows[0]['heads']} heads of {rows[0]['head_dim']}, "
+        "bfloat16: time of a call, and its scratch memory (beyond inputs and outputs) as the "
+        "compiler plans it.",
+        "![Time and memory against sequence length](docs/figures/memory.svg)",
+    ]
+    for which, title in (("forward", "Forward"), ("gradient", "Forward and gradient")):
+        peers = _length_peers(rows, which)
+        table = []
+        for row in rows:
+            cells = [row["seqlen"]]
+            for peer in peers:
+                entry = row[which].get(peer, {})
+                if "seconds" in entry:
+                    memory = (entry["memory_bytes"] or {}).get("temporaries")
+                    cells.append(f"{three_digits(entry['seconds'] * 1e3)} ms, {bytes_text(memory)}")
+                else:
+                    cells.append("–")
+            table.append(cells)
+        texts.append(
+            markdown_table([f"{title}, seq", *(PEER_NAMES[peer] for peer in peers)], table)
+        )
+    texts.append(provenance(results))
+    return "\n\n".join(texts)
+
+
+def _length_peers(rows, which):
+    return [
+        peer for peer in PEER_NAMES if any("seconds" in row[which].get(peer, {}) for row in rows)
+    ]
+
+
+def demo_block(runs):
+    """One line a run of examples/train_lm.py, and the sample of the first."""
+    table = [
+        [
+            run["attention"],
+            f"{run['steps']:,}",
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run['train_seconds']:.0f} s",
+            f"{run['first_loss']:.3f}",
+            f"{run['final_validation_loss']:.3f}",
+        ]
+        for run in runs
+    ]
+    first = runs[0]
+    settings = first["settings"]
+    text = (
+        f"`python examples/train_lm.py --preset=h200` on one {first['device']['kind']}: "
+        f"{first['parameters'] / 1e6:.0f} M parameters, {settings['layers']} layers, model dim "
+        f"{settings['model_dim']}, {settings['query_heads']} query and "
+        f"{settings['key_value_heads']} key/value heads of {settings['head_dim']}, "
+        f"{settings['dtype']}, context {settings['seq_len']}, "
+        f"{settings['batch_size'] * settings['seq_len']:,} tokens a step. Losses in nats a byte, "
+        f"the last one on held-out files; the unigram entropy is "
+        f"{first['unigram_entropy']:.3f}.\n\n"
+    )
+    header = ["`--attention`", "steps", "tokens/s", "training", "first loss", "held-out loss"]
+    return text + markdown_table(header, table)
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------
+
+
+class Svg:
+    """An SVG drawing, built shape by shape; coordinates in pixels from the top left."""
+
+    def __init__(self, width, height):
+        self._shapes = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}" '
+            'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" '
+            'font-size="12">',
+            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        ]
+
+    def line(self, x1, y1, x2, y2, colour="#d0d0d0", width=1.0):
+        self._shapes.append(
+            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
+            f'stroke="{colour}" stroke-width="{width}"/>'
+        )
+
+    def text(self, x, y, text, anchor="middle", size=12, bold=False, turned=False):
+        weight = ' font-weight="bold"' if bold else ""
+        turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
+        self._shapes.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+            f'{weight}{turn} fill="#202020">{escape(str(text))}</text>'
+        )
+
+    def series(self, points, colour, dashed=False, hollow=False):
+        """A line with a mark at each of the points [(x, y)]."""
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dash = ' stroke-dasharray="5 4"' if dashed else ""
+        self._shapes.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
+        )
+        fill = "#ffffff" if hollow else colour
+        self._shapes += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{fill}" stroke="{colour}"/>'
+            for x, y in points
+        ]
+
+    def document(self):
+        return "\n".join([*self._shapes, "</svg>"]) + "\n"
+
+
+@dataclasses.dataclass
+class Panel:
+    """A plot's frame: where it lies, and how values become coordinates."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    x_ticks: list[tuple[float, str]]  # (value, label)
+    y_ticks: list[tuple[float, str]]
+    scale: Callable[[float], float] = float  # of y; math.log10 for a logarithmic axis
+
+    def x(self, value):
+        first, last = self.x_ticks[0][0], self.x_ticks[-1][0]
+        share = (value - first) / ((last - first) or 1)
+        return self.left + self.width * (0.05 + 0.9 * share)
+
+    def y(self, value):
+        low, high = self.scale(self.y_ticks[0][0]), self.scale(self.y_ticks[-1][0])
+        return self.top + self.height * (1 - (self.scale(value) - low) / ((high - low) or 1))
+
+    def draw(self, svg, title):
+        svg.text(self.left + self.width / 2, self.top - 8, title, size=13, bold=True)
+        for value, label in self.y_ticks:
+            svg.line(self.left, self.y(value), self.left + self.width, self.y(value))
+            svg.text(self.left - 6, self.y(value) + 4, label, anchor="end", size=11)
+        for value, label in self.x_ticks:
+            svg.text(self.x(value), self.top + self.height + 16, label, size=11)
+        bottom = self.top + self.height
+        svg.line(self.left, bottom, self.left + self.width, bottom, colour="#404040")
+
+
+def _draw_legend(svg, peers, y, left):
+    for peer in peers:
+        estimate = peer == "flash_attention_3"
+        svg.series(
+            [(left, y), (left + 24, y)], PEER_COLOURS[peer], dashed=estimate, hollow=estimate
+        )
+        label = PEER_NAMES[peer] + (" (from its ratio to cuDNN)" if estimate else "")
+        svg.text(left + 31, y + 4, label, anchor="start")
+        left += 48 + 7 * len(label)
+
+
+def _length_label(seqlen):
+    return f"{seqlen // 1024}k" if seqlen >= 1024 else str(seqlen)
+
+
+def forward_figure(results):
+    """TFLOP/s against sequence length: a panel for each head dim (across) and mask (down)."""
+    rows = sorted(results["rows"], key=_grid_order)
+    # Plain jnp is an order of magnitude slower; the table has it.
+    peers = [peer for peer in _peers_of(results) if peer != "jnp"]
+    head_dims = sorted({row["head_dim"] for row in rows})
+    masks = [mask for mask in ("full", "causal") if any(row["mask"] == mask for row in rows)]
+    seqlens = sorted({row["seqlen"] for row in rows})
+    best = max((_tflops(row, peer) or 0 for row in rows for peer in peers), default=0)
+    step = 10 ** math.floor(math.log10(best)) if best > 0 else 1
+    top = step * math.ceil(best / step)
+    y_ticks = [(top * tick / 4, f"{top * tick / 4:g}") for tick in range(5)]
+    width, height, left, above = 270, 200, 70, 80
+    svg = Svg(left + len(head_dims) * (width + 40), above + len(masks) * (height + 70))
+    svg.text(left, 24, "Attention forward, bfloat16, 16k tokens, TFLOP/s", "start", 15, bold=True)
+    _draw_legend(svg, peers, 46, left)
+    for column, head_dim in enumerate(head_dims):
+        for line, mask in enumerate(masks):
+            panel = Panel(
+                left + column * (width + 40),
+                above + line * (height + 70),
+                width,
+                height,
+                [(math.log2(n), _length_label(n)) for n in seqlens],
+                y_ticks,
+            )
+            panel.draw(svg, f"head dim {head_dim}, {mask}")
+            for peer in reversed(peers):  # jax_fa3 last, on top
+                points = [
+                    (panel.x(math.log2(row["seqlen"])), panel.y(tflops))
+                    for row in rows
+                    if (row["head_dim"], row["mask"]) == (head_dim, mask)
+                    and (tflops := _tflops(row, peer))
+                ]
+                if points:
+                    estimate = peer == "flash_attention_3"
+                    svg.series(points, PEER_COLOURS[peer], dashed=estimate, hollow=estimate)
+    return svg.document()
+
+
+def memory_figure(results):
+    """Time and temporary memory against sequence length, logarithmic, forward and gradient."""
+    rows = sorted(results["rows"], key=lambda row: row["seqlen"])
+    passes = (("forward", "forward"), ("gradient", "forward and gradient"))
+    quantities = (
+        ("time of a call", lambda entry: entry["seconds"], _seconds_label),
+        (
+            "scratch memory",
+            lambda entry: max((entry["memory_bytes"] or {}).get("temporaries") or 0, 2**10),
+            _power_of_two_bytes,
+        ),
+    )
+    peers = [peer for peer in PEER_NAMES if any(peer in _length_peers(rows, p) for p, _ in passes)]
+    width, height, left, above = 360, 230, 80, 80
+    svg = Svg(left + 2 * (width + 60), above + 2 * (height + 70))
+    head = f"Causal attention, batch 1, {rows[0]['heads']} heads of {rows[0]['head_dim']}, bfloat16"
+    svg.text(left, 24, head, "start", 15, bold=True)
+    _draw_legend(svg, peers, 46, left)
+    for line, (quantity, value_of, label) in enumerate(quantities):
+        values = [
+            value_of(entry)
+            for row in rows
+            for which, _ in passes
+            for entry in row[which].values()
+            if "seconds" in entry
+        ]
+        base = 10 if quantity.startswith("time") else 32
+        low = math.floor(math.log(min(values), base))
+        high = max(low + 1, math.ceil(math.log(max(values), base)))
+        y_ticks = [
+            (float(base) ** power, label(float(base) ** power)) for power in range(low, high + 1)
+        ]
+        for column, (which, title) in enumerate(passes):
+            panel = Panel(
+                left + column * (width + 60),
+                above + line * (height + 70),
+                width,
+                height,
+                [(math.log2(row["seqlen"]), _length_label(row["seqlen"])) for row in rows],
+                y_ticks,
+                math.log10,
+            )
+            panel.draw(svg, f"{quantity}, {title}")
+            for peer in reversed(peers):  # jax_fa3 last, on top
+                points = [
+                    (panel.x(math.log2(row["seqlen"])), panel.y(value_of(row[which][peer])))
+                    for row in rows
+                    if "seconds" in row[which].get(peer, {})
+                ]
+                if points:
+                    svg.series(points, PEER_COLOURS[peer])
+    return svg.document()
+
+
+def _seconds_label(seconds):
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= unit * 0.999:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def _power_of_two_bytes(count):
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.0f} {name}"
+    return f"{count:.0f} B"
+
+
+# --------------------------------------------------------------------------------------------------
+# The README
+# --------------------------------------------------------------------------------------------------
+
+
+def load(repository, name, kind=None):
+    """The results file of that name, or None where it does not exist.
+
+    Raises:
+      ReportError: it holds another kind of results; a smoke run's are never published.
+    """
+    path = repository / RESULTS / name
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    if kind is not None and results.get("kind") != kind:
+        raise ReportError(f"{path}: holds {results.get('kind')!r}, expected {kind!r}")
+    return results
+
+
+def generate(repository):
+    """({block name: text}, {figure path: text}) from the results files that exist."""
+    blocks, figures = {}, {}
+    grid = load(repository, "forward.json", "attention_grid")
+    if grid and grid["rows"]:
+        blocks["forward"] = forward_block(grid)
+        blocks["forward_plot"] = (
+            "![TFLOP/s against sequence length, for each head dim and mask]"
+            "(docs/figures/forward.svg)"
+        )
+        figures[FIGURES / "forward.svg"] = forward_figure(grid)
+    else:
+        blocks["forward"] = _not_measured("forward.json", "benchmarks/attention.py")
+        blocks["forward_plot"] = "There is no plot yet: it is drawn from the same results."
+    length = load(repository, "memory.json", "attention_length")
+    if length and length["rows"]:
+        blocks["memory"] = memory_block(length)
+        figures[FIGURES / "memory.svg"] = memory_figure(length)
+    else:
+        blocks["memory"] = _not_measured("memory.json", "benchmarks/attention.py --mode=length")
+    cpu = load(repository, "cpu.json")
+    blocks["cpu"] = cpu_block(cpu) if cpu else _not_measured("cpu.json", "benchmarks/cpu_xla.py")
+    runs = [
+        json.loads(path.read_text())
+        for path in sorted((repository / RESULTS).glob("demo_h200*.json"))
+    ]
+    blocks["demo_h200"] = (
+        demo_block(runs)
+        if runs
+        else _not_measured("demo_h200.json", "examples/train_lm.py --preset=h200")
+    )
+    return blocks, figures
+
+
+def _not_measured(name, command):
+    return f"Not measured yet: `{command}` gives `{RESULTS / name}`, which this is made from."
+
+
+_BLOCK = re.compile(
+    r"(?P<open><!-- generated: (?P<name>\w+) -->\n)(?P<text>.*?)(?P<close><!-- /generated -->)",
+    re.DOTALL,
+)
+
+
+def fill(readme, blocks):
+    """The README's text with every block's content replaced.
+
+    Raises:
+      ReportError: a marker names no block, a block has no marker, or markers do not pair.
+    """
+    found = [match["name"] for match in _BLOCK.finditer(readme)]
+    problems = [f"README.md: no such block: {name}" for name in found if name not in blocks]
+    problems += [
+        f"README.md: no marker <!-- generated: {name} -->" for name in blocks if name not in found
+    ]
+    problems += [f"README.md: {name} twice" for name in set(found) if found.count(name) > 1]
+    if readme.count("<!-- generated: ") != len(found):
+        problems.append("README.md: a marker is not closed by <!-- /generated -->")
+    if problems:
+        raise ReportError("\n".join(problems))
+    return _BLOCK.sub(
+        lambda match: f"{match['open']}\n{blocks[match['name']]}\n\n{match['close']}", readme
+    )
+
+
+def out_of_date(repository):
+    """{path: new text} of every file that differs from what the results give; None: to delete."""
+    blocks, figures = generate(repository)
+    readme = repository / "README.md"
+    wanted: dict[pathlib.Path, str | None] = {
+        pathlib.Path("README.md"): fill(readme.read_text(encoding="utf-8"), blocks),
+        FIGURES / "forward.svg": None,
+        FIGURES / "memory.svg": None,
+    }
+    wanted |= figures
+    changes = {}
+    for path, text in wanted.items():
+        file = repository / path
+        current = file.read_text(encoding="utf-8") if file.exists() else None
+        if current != text:
+            changes[path] = text
+    return changes
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument("--repository", type=pathlib.Path, default=REPOSITORY)
+    args = parser.parse_args(argv)
+    try:
+        changes = out_of_date(args.repository)
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path, text in changes.items():
+        if args.check:
+            print(f"{path} is out of date: run benchmarks/report.py", file=sys.stderr)
+        elif text is None:
+            (args.repository / path).unlink()
+            print(f"deleted {path}")
+        else:
+            (args.repository / path).parent.mkdir(parents=True, exist_ok=True)
+            (args.repository / path).write_text(text, encoding="utf-8")
+            print(f"wrote {path}")
+    return 1 if args.check and changes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

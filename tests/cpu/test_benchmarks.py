@@ -1,0 +1,334 @@
+"""The benchmark, the report and the tree hashes: tiny sizes, and that their checks can fail."""
+
+import copy
+import importlib
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+BLOCKS = ("forward", "forward_plot", "memory", "cpu", "demo_h200")
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """jax.nn's own attention mixes dtypes, which the suite's strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def tree_hashes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("tree_hashes")
+
+
+@pytest.fixture
+def attention(tree_hashes):
+    """benchmarks/attention.py as a module: no flag is read before its main runs."""
+    return importlib.import_module("attention")
+
+
+@pytest.fixture
+def report(tree_hashes):
+    return importlib.import_module("report")
+
+
+def run_benchmark(tmp_path, *flags):
+    """Runs the script as a user would, on the CPU; returns (process, results)."""
+    output = tmp_path / "results.json"
+    command = [sys.executable, str(BENCHMARKS / "attention.py"), "--smoke", f"--output={output}"]
+    command += ["--min_seconds=0.001", "--rounds=2", "--compile_threads=2", *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return process, json.loads(output.read_text()) if output.exists() else None
+
+
+def test_the_grid_checks_and_times_every_peer_that_can_run(tmp_path):
+    process, results = run_benchmark(tmp_path, "--peers=xla,jnp,fa3,cudnn", "--rows=*-causal-*")
+
+    assert process.returncode == 0, process.stderr
+    assert [row["name"] for row in results["rows"]] == ["64-causal-64", "64-causal-128"]
+    for row in results["rows"]:
+        for peer in ("xla", "jnp"):
+            entry = row["peers"][peer]
+            assert entry["ok"]
+            assert 0 < entry["relative_error"] < 1e-2
+            assert len(entry["rounds"]) == 2
+            assert entry["tflops"] == pytest.approx(
+                row["flops"] / entry["seconds"] / 1e12, rel=1e-3
+            )
+        assert "UnsupportedError" in row["peers"]["fa3"]["skipped"]
+        assert row["peers"]["cudnn"]["skipped"] == "cuDNN needs a GPU"
+    assert results["missing_rows"] == []
+    assert results["gemm"]["tflops"] > 0
+    assert results["code"]["tree_hashes"]["jax_fa3"]
+
+
+def test_mode_length_gives_time_and_memory_of_both_passes(tmp_path):
+    process, results = run_benchmark(tmp_path, "--mode=length")
+
+    assert process.returncode == 0, process.stderr
+    assert [row["seqlen"] for row in results["rows"]] == [128, 256]
+    for row in results["rows"]:
+        for which in ("forward", "gradient"):
+            for peer in ("xla", "jnp"):
+                assert row[which][peer]["seconds"] > 0
+                assert row[which][peer]["memory_bytes"]["arguments"] == 3 * 128 * row["seqlen"] * 2
+                assert row[which][peer]["difference_from_first"] < 2e-2
+
+
+def test_a_time_limit_keeps_what_was_measured_and_names_the_rest(tmp_path):
+    process, results = run_benchmark(tmp_path, "--peers=jnp", "--time_limit_s=0.001")
+
+    assert process.returncode == 0, process.stderr
+    assert results["rows"] == []
+    assert len(results["missing_rows"]) == 4
+    assert results["gemm"]["tflops"] > 0
+
+
+def test_an_unknown_peer_is_refused_by_name(tmp_path):
+    process, results = run_benchmark(tmp_path, "--peers=fa3,fa5")
+
+    assert process.returncode == 1
+    assert "--peers=fa5: expected some of fa3, xla, cudnn" in process.stderr + process.stdout
+    assert results is None
+
+
+@pytest.fixture
+def problem(attention):
+    """Inputs of a small causal row and the float32 reference's output."""
+    row = attention.Row(64, "causal", 128, 1, 2)
+    inputs = attention.random_inputs(jax.random.key(0), row.shape)
+    return inputs, attention.reference_attention(*inputs, causal=True)
+
+
+def _right(query, key, value):
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def _not_causal(query, key, value):
+    return jax.nn.dot_product_attention(query, key, value)
+
+
+def _one_block_unwritten(query, key, value):
+    return _right(query, key, value).at[:, 64:, 1].set(0)
+
+
+def _one_nan(query, key, value):
+    return _right(query, key, value).at[0, 5, 0, 3].set(jnp.nan)
+
+
+@pytest.mark.parametrize("wrong", [_not_causal, _one_block_unwritten, _one_nan])
+def test_the_check_passes_right_outputs_and_no_other(attention, problem, wrong):
+    inputs, reference = problem
+
+    assert attention.check(_right, inputs, reference)["ok"]
+    assert not attention.check(wrong, inputs, reference)["ok"]
+
+
+def test_the_reference_is_softmax_attention(attention):
+    inputs = attention.random_inputs(jax.random.key(3), (2, 64, 3, 32))
+
+    for causal in (False, True):
+        ours = attention.reference_attention(*inputs, causal=causal)
+        theirs = jax.nn.dot_product_attention(
+            *(x.astype(jnp.float32) for x in inputs), is_causal=causal
+        )
+        assert float(jnp.abs(ours - theirs).max()) < 1e-5
+
+
+def test_rounds_interleave_and_the_order_turns(attention):
+    calls = []
+    runs = {name: lambda *_, name=name: calls.append(name) for name in "abc"}
+
+    seconds = attention.time_interleaved(runs, (), rounds=3, min_seconds=0)
+
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert calls[-9:] == list("abcbcacab")
+
+
+def test_the_grid_is_the_papers(attention):
+    rows = attention.grid_rows()
+
+    assert len(rows) == 36
+    assert {row.batch * row.seqlen for row in rows} == {16384}
+    assert {row.heads * row.head_dim for row in rows} == {2048}
+    assert {(row.head_dim, row.mask) for row in rows} == set(attention.FLASH_ATTENTION_3_OVER_CUDNN)
+    for ratios in attention.FLASH_ATTENTION_3_OVER_CUDNN.values():
+        assert len(ratios) == len(attention.GRID_SEQLENS)
+    full, causal = (attention.Row(128, mask, 8192, 2, 16) for mask in ("full", "causal"))
+    assert full.flops == 2 * causal.flops == 4 * 2 * 16 * 8192**2 * 128
+
+
+def test_tree_hashes_are_gits(tree_hashes, tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for name in ("cuda/fwd/plan.cc", "cuda/fwd.h", "cuda/fwd-x", "ffi/a.cc", "jax_fa3/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"// {name}\n")
+    (tmp_path / "cuda" / "fwd-x").chmod(0o755)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    for product in ("jax_fa3/__pycache__/a.pyc", "jax_fa3/_jax_fa3.abi3.so"):
+        (tmp_path / product).parent.mkdir(exist_ok=True)
+        (tmp_path / product).write_bytes(b"x")
+
+    on_disk = tree_hashes.tree_hashes(tmp_path)
+    assert on_disk == tree_hashes.commit_tree_hashes(tmp_path)
+    assert all(len(digest) == 40 for digest in on_disk.values())
+
+    (tmp_path / "cuda" / "fwd.h").write_text("// changed\n")
+    assert tree_hashes.tree_hashes(tmp_path) != on_disk
+
+
+# --------------------------------------------------------------------------------------------------
+# The report
+# --------------------------------------------------------------------------------------------------
+
+
+def made_up_results(attention, kind):
+    """A results file with figures that no device gave, in the form that the benchmark writes."""
+    return {
+        "kind": kind,
+        "date": "2000-01-01",
+        "device": {"kind": "a test's device", "driver": None},
+        "versions": {"jax": "0.0", "cudnn": "9.0", "tokamax": None},
+        "code": {"tree_hashes": {"cuda": "0" * 40}, "matches_commit": True},
+        "gemm": {"size": 8192, "tflops": 700.0},
+        "rows": [
+            (_grid_entry if kind == "attention_grid" else _length_entry)(row)
+            for row in (
+                attention.grid_rows() if kind == "attention_grid" else attention.length_rows()
+            )
+        ],
+        "missing_rows": [],
+        "failed_checks": [],
+    }
+
+
+def _row_fields(row):
+    return {name: getattr(row, name) for name in ("name", "head_dim", "mask", "seqlen", "heads")}
+
+
+def _grid_entry(row):
+    speed = 100 + row.head_dim
+    peers = {"fa3": {"tflops": speed}, "cudnn": {"tflops": speed / 2}, "jnp": {"skipped": "no"}}
+    return _row_fields(row) | {
+        "peers": peers,
+        "sm_clock_mhz": 1500,
+        "flash_attention_3": {"tflops": speed * 0.6},
+        "fa3_over": {"cudnn": 2.0, "flash_attention_3": 1 / 0.6},
+    }
+
+
+def _length_entry(row):
+    entry = {"seconds": row.flops / 1e14, "memory_bytes": {"temporaries": row.seqlen * 100}}
+    return _row_fields(row) | {
+        "forward": {"fa3": entry, "jnp": {"skipped": "no"}},
+        "gradient": {"fa3": entry, "xla": entry},
+        "sm_clock_mhz": None,
+    }
+
+
+@pytest.fixture
+def checkout(attention, tmp_path):
+    """A repository with a README, no results, and a function to add some."""
+    text = "# Title\n" + "".join(
+        f"before\n<!-- generated: {name} -->\n<!-- /generated -->\nafter\n" for name in BLOCKS
+    )
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+
+    def add(name, content):
+        (tmp_path / "benchmarks" / "results" / name).write_text(json.dumps(content))
+
+    return tmp_path, add
+
+
+def test_the_report_says_what_is_not_measured(report, checkout):
+    repository, _ = checkout
+
+    assert report.main(["--repository", str(repository)]) == 0
+
+    readme = (repository / "README.md").read_text()
+    assert "`benchmarks/attention.py` gives `benchmarks/results/forward.json`" in readme
+    assert readme.count("Not measured yet") == 4
+    assert not (repository / "docs").exists()
+
+
+def test_the_report_writes_tables_and_figures_once(report, attention, checkout, capsys):
+    repository, add = checkout
+    add("forward.json", made_up_results(attention, "attention_grid"))
+    add("memory.json", made_up_results(attention, "attention_length"))
+
+    assert report.main(["--repository", str(repository), "--check"]) == 1
+    assert report.main(["--repository", str(repository)]) == 0
+    assert report.main(["--repository", str(repository), "--check"]) == 0
+
+    readme = (repository / "README.md").read_text()
+    assert "| 64 full | 512 | 164 | 82.0 | 98.4 | 2.00 | 1.67 |" in readme
+    assert "jax_fa3 / cuDNN: median 2.00" in readme
+    assert readme.count("before\n") == readme.count("after\n") == len(BLOCKS)
+    figure = (repository / "docs" / "figures" / "forward.svg").read_text()
+    assert figure.count("<polyline") == 3 + 6 * 3  # the legend and six panels of three
+    assert "nan" not in figure + (repository / "docs" / "figures" / "memory.svg").read_text()
+
+
+def test_check_fails_when_readme_figure_or_results_change(report, attention, checkout, capsys):
+    repository, add = checkout
+    results = made_up_results(attention, "attention_grid")
+    add("forward.json", results)
+    report.main(["--repository", str(repository)])
+
+    def check():
+        status = report.main(["--repository", str(repository), "--check"])
+        return status, capsys.readouterr().err
+
+    assert check()[0] == 0
+    for path in ("README.md", "docs/figures/forward.svg"):
+        file = repository / path
+        original = file.read_text()
+        file.write_text(original.replace("164", "165") if path == "README.md" else original + "\n")
+        status, message = check()
+        assert status == 1
+        assert path in message
+        file.write_text(original)
+
+    faster = copy.deepcopy(results)
+    faster["rows"][0]["peers"]["fa3"]["tflops"] *= 1.5
+    add("forward.json", faster)
+    assert check()[0] == 1
+
+
+def test_the_report_refuses_smoke_results_and_lost_markers(report, attention, checkout, capsys):
+    repository, add = checkout
+    add(
+        "forward.json",
+        made_up_results(attention, "attention_grid") | {"kind": "attention_grid_smoke"},
+    )
+    assert report.main(["--repository", str(repository)]) == 1
+    assert "expected 'attention_grid'" in capsys.readouterr().err
+
+    (repository / "benchmarks" / "results" / "forward.json").unlink()
+    (repository / "README.md").write_text("# no markers\n<!-- generated: cpu -->\n")
+    assert report.main(["--repository", str(repository)]) == 1
+    message = capsys.readouterr().err
+    assert "no marker <!-- generated: forward -->" in message
+    assert "not closed" in message
+
+
+def test_three_digits(report):
+    values = (0.01234, 1.0, 12.34, 999.6, 1234.5, None, math.nan)
+    assert [report.three_digits(value) for value in values] == [
+        *("0.0123", "1.00", "12.3", "1,000", "1,234"),
+        *("–", "–"),
+    ]
