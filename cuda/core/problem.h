@@ -23,22 +23,20 @@ struct BatchMap {
 
 struct Problem {
   DType dtype = DType::kBF16;
-  int64_t batch = 0; // of the output; the operands' own are below
-  int64_t batch_q =
-      0; // blocks that query holds: batch, or less where it is broadcast
+  int64_t batch = 0;    // of the output; the operands' own are below
+  int64_t batch_q = 0;  // blocks that query holds: batch, or less where it is broadcast
   int64_t batch_k = 0;
   int64_t batch_v = 0;
   BatchMap batch_map;
   int64_t seqlen_q = 0;
   int64_t seqlen_k = 0;
   int64_t heads_q = 0;
-  int64_t heads_k = 0;  // divides heads_q
-  int64_t head_dim = 0; // of query, key and value alike
+  int64_t heads_k = 0;   // divides heads_q
+  int64_t head_dim = 0;  // of query, key and value alike
   MaskKind mask = MaskKind::kFull;
-  int64_t diagonal = 0; // causal: query t sees keys s <= t + diagonal
-  bool has_query_offset =
-      false; // the diagonal is read from device memory, one a batch row
-  float scale = 1.0f; // > 0
+  int64_t diagonal = 0;           // causal: query t sees keys s <= t + diagonal
+  bool has_query_offset = false;  // the diagonal is read from device memory, one a batch row
+  float scale = 1.0f;             // > 0
 };
 
-} // namespace jax_fa3
+}  // namespace jax_fa3

@@ -5,7 +5,6 @@
 // FFMA and one EX2 a score.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "cuda/core/types.h"
@@ -13,9 +12,14 @@
 
 namespace jax_fa3 {
 
-template <int kScores, Rescale kRescale>
+template <int kScores, Softmax kSoftmax, DType kDType>
 struct OnlineSoftmax {
   static constexpr float kRescaleLog2 = 8.0f;
+  // Probabilities are divided by 2^kHeadroomLog2. float16 ends at 2^16, so a lazy reference wants
+  // some of the range below 1: 2^-6 costs no accuracy (denormals begin at 2^-14, their spacing is
+  // 2^-24) and lets scores rise by 2^21 before a tile must be done again. bfloat16 needs none.
+  static constexpr float kHeadroomLog2 =
+      kSoftmax == Softmax::kLazy && kDType == DType::kF16 ? 6.0f : 0.0f;
 
   float reference[2];  // maximum of the row, unscaled; -inf while it has seen no key
   float row_sum[2];    // this lane's part
@@ -35,7 +39,7 @@ struct OnlineSoftmax {
     block_max(scores, max);
     max[0] = fmaxf(max[0], reference[0]);
     max[1] = fmaxf(max[1], reference[1]);
-    if constexpr (kRescale == Rescale::kAlways) {
+    if constexpr (kSoftmax == Softmax::kClassical) {
       must_shrink = true;
     } else {
       // -inf - -inf is NaN, which does not grow; finite - -inf does.
@@ -54,6 +58,34 @@ struct OnlineSoftmax {
     exponentiate(scores, scale_log2);
   }
 
+  // Lazy: from here on the reference stays. A row whose scores so far are all -inf gets 0.
+  __device__ __forceinline__ void freeze() {
+    reference[0] = finite(reference[0]);
+    reference[1] = finite(reference[1]);
+  }
+  // Lazy: a block without a look at its maximum.
+  __device__ __forceinline__ void next_frozen(float (&scores)[kScores], float scale_log2) {
+    exponentiate(scores, scale_log2);
+  }
+  // Lazy, at the end: whether the lane's sums and outputs are what the classical loop would have
+  // made of them. An overflow anywhere on the way leaves an infinity or a NaN behind, since nothing
+  // makes those finite again; a sum below the range means that the reference was no score's. Rows
+  // without a visible key are right to be 0.
+  template <int kCount>
+  __device__ __forceinline__ bool in_range(const float (&output)[kCount],
+                                           const int32_t (&visible)[2]) const {
+    float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // infinity * 0 and NaN * 0 are NaN
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) zero[i % 4] = __fmaf_rn(output[i], 0.0f, zero[i % 4]);
+    bool good = (zero[0] + zero[1]) + (zero[2] + zero[3]) == 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = ptx::quad_sum(row_sum[r]);
+      good = good && (visible[r] == 0 || (sum >= 0x1p-20f && sum <= 0x1p+120f));
+    }
+    return good;
+  }
+
   template <int kCount>
   __device__ __forceinline__ void rescale(float (&output)[kCount]) const {
     if (must_shrink) {
@@ -70,7 +102,8 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       const float sum = ptx::quad_sum(row_sum[r]);
       inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      lse[r] = sum == 0.0f ? -INFINITY : (reference[r] * scale_log2 + log2f(sum)) * kLn2;
+      lse[r] =
+          sum == 0.0f ? -INFINITY : (reference[r] * scale_log2 + kHeadroomLog2 + log2f(sum)) * kLn2;
     }
   }
 
@@ -97,8 +130,8 @@ struct OnlineSoftmax {
   }
 
   __device__ __forceinline__ void exponentiate(float (&scores)[kScores], float scale_log2) {
-    const float offset[2] = {-finite(reference[0]) * scale_log2,
-                             -finite(reference[1]) * scale_log2};
+    const float offset[2] = {-finite(reference[0]) * scale_log2 - kHeadroomLog2,
+                             -finite(reference[1]) * scale_log2 - kHeadroomLog2};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float even = 0.0f, odd = 0.0f;

@@ -26,4 +26,4 @@ struct Status {
   }
 };
 
-} // namespace jax_fa3
+}  // namespace jax_fa3

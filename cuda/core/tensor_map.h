@@ -10,4 +10,4 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-} // namespace jax_fa3
+}  // namespace jax_fa3

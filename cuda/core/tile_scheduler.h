@@ -13,7 +13,7 @@ struct Tile {
 };
 
 struct TileGrid {
-  uint32_t tiles; // m_tiles * heads * batch
+  uint32_t tiles;  // m_tiles * heads * batch
   int32_t m_tiles;
   int32_t heads;
   // Longest-first order: how many (head, batch) pairs are in flight, sharing
@@ -24,10 +24,9 @@ struct TileGrid {
 // Query tiles of one head next to each other: they read the same keys and
 // values.
 struct HeadMajorOrder {
-  static constexpr Tile tile(const TileGrid &grid, uint32_t index) {
+  static constexpr Tile tile(const TileGrid& grid, uint32_t index) {
     const uint32_t pair = index / grid.m_tiles;
-    return {static_cast<int32_t>(index % grid.m_tiles),
-            static_cast<int32_t>(pair % grid.heads),
+    return {static_cast<int32_t>(index % grid.m_tiles), static_cast<int32_t>(pair % grid.heads),
             static_cast<int32_t>(pair / grid.heads)};
   }
 };
@@ -35,7 +34,7 @@ struct HeadMajorOrder {
 // Longest tiles first, so that no CTA starts a long one when the others finish,
 // inside groups of heads whose keys and values fit L2 together.
 struct LongestFirstOrder {
-  static constexpr Tile tile(const TileGrid &grid, uint32_t index) {
+  static constexpr Tile tile(const TileGrid& grid, uint32_t index) {
     const uint32_t group_tiles = grid.heads_in_flight * grid.m_tiles;
     const uint32_t group = index / group_tiles;
     const uint32_t within = index % group_tiles;
@@ -46,9 +45,8 @@ struct LongestFirstOrder {
                                : static_cast<uint32_t>(grid.heads_in_flight);
     const uint32_t pair = first_pair + within % pairs;
     return {grid.m_tiles - 1 - static_cast<int32_t>(within / pairs),
-            static_cast<int32_t>(pair % grid.heads),
-            static_cast<int32_t>(pair / grid.heads)};
+            static_cast<int32_t>(pair % grid.heads), static_cast<int32_t>(pair / grid.heads)};
   }
 };
 
-} // namespace jax_fa3
+}  // namespace jax_fa3

@@ -24,7 +24,7 @@ struct FwdConfig {
   int stages;               // depth of the key ring and of the value ring
   bool overlap;             // the next block's scores are issued before this block's P V
   bool pingpong;            // warpgroups take turns at issuing matrix products
-  Rescale rescale;
+  Softmax softmax;
   Schedule schedule;
 
   static constexpr int kElementBytes = 2;
@@ -37,15 +37,17 @@ struct FwdConfig {
   constexpr int q_bytes() const { return 64 * head_dim * kElementBytes; }  // one warpgroup's
   constexpr int kv_bytes() const { return tile_n * head_dim * kElementBytes; }
   // Tiles, then barriers: query full and empty a warpgroup, key and value full and empty a stage,
-  // the tile queue; rounded up to its alignment. launch.cuh asserts that it is sizeof(FwdSmem).
+  // the tile queue and the redo list; rounded up to its alignment. launch.cuh asserts that it is
+  // sizeof(FwdSmem).
   constexpr int smem_bytes() const {
     const int tiles = consumer_warpgroups * q_bytes() + 2 * stages * kv_bytes();
-    const int barriers = 8 * (2 * consumer_warpgroups + 4 * stages) + 40;
+    const int barriers = 8 * (2 * consumer_warpgroups + 4 * stages) + 40 + 16;
     return (tiles + barriers + 1023) / 1024 * 1024;
   }
 
-  // setmaxnreg: the sum over warpgroups must stay within 64 K registers; multiples of 8.
-  constexpr int producer_registers() const { return consumer_warpgroups <= 3 ? 32 : 24; }
+  // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at
+  // launch, threads() times the cap that __launch_bounds__ implies.
+  constexpr int producer_registers() const { return consumer_warpgroups <= 2 ? 24 : 32; }
   constexpr int consumer_registers() const {
     return consumer_warpgroups <= 2 ? 240 : (consumer_warpgroups == 3 ? 160 : 112);
   }
@@ -58,8 +60,10 @@ struct FwdConfig {
 
   constexpr bool fits() const {
     return smem_bytes() <= kMaxSmemBytes && accumulator_registers() <= accumulator_limit() &&
-           tile_n % 16 == 0 && head_dim % 64 == 0 && stages >= 2 &&
-           128 * (producer_registers() + consumer_warpgroups * consumer_registers()) <= 65536;
+           (softmax != Softmax::kLazy || overlap) && tile_n % 16 == 0 && head_dim % 64 == 0 &&
+           stages >= 2 &&
+           128 * (producer_registers() + consumer_warpgroups * consumer_registers()) <=
+               65536 / threads() / 8 * 8 * threads();
   }
 };
 
@@ -71,12 +75,12 @@ struct FwdHdim64Full {
   static constexpr FwdConfig value{.dtype = kDType,
                                    .head_dim = 64,
                                    .mask = MaskKind::kFull,
-                                   .consumer_warpgroups = 3,
-                                   .tile_n = 128,
+                                   .consumer_warpgroups = 4,
+                                   .tile_n = 64,
                                    .stages = 4,
                                    .overlap = true,
                                    .pingpong = false,
-                                   .rescale = Rescale::kConditional,
+                                   .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic};
 };
 template <DType kDType>
@@ -84,12 +88,12 @@ struct FwdHdim64Causal {
   static constexpr FwdConfig value{.dtype = kDType,
                                    .head_dim = 64,
                                    .mask = MaskKind::kCausal,
-                                   .consumer_warpgroups = 3,
-                                   .tile_n = 128,
+                                   .consumer_warpgroups = 4,
+                                   .tile_n = 64,
                                    .stages = 4,
                                    .overlap = true,
                                    .pingpong = false,
-                                   .rescale = Rescale::kConditional,
+                                   .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic};
 };
 template <DType kDType>
@@ -98,11 +102,11 @@ struct FwdHdim128Full {
                                    .head_dim = 128,
                                    .mask = MaskKind::kFull,
                                    .consumer_warpgroups = 3,
-                                   .tile_n = 80,
-                                   .stages = 4,
+                                   .tile_n = 64,
+                                   .stages = 5,
                                    .overlap = true,
                                    .pingpong = false,
-                                   .rescale = Rescale::kConditional,
+                                   .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic};
 };
 template <DType kDType>
@@ -111,11 +115,11 @@ struct FwdHdim128Causal {
                                    .head_dim = 128,
                                    .mask = MaskKind::kCausal,
                                    .consumer_warpgroups = 3,
-                                   .tile_n = 80,
-                                   .stages = 4,
+                                   .tile_n = 64,
+                                   .stages = 5,
                                    .overlap = true,
                                    .pingpong = false,
-                                   .rescale = Rescale::kConditional,
+                                   .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic};
 };
 // 128 output accumulators a lane leave room for two warpgroups only.
@@ -129,7 +133,7 @@ struct FwdHdim256Full {
                                    .stages = 2,
                                    .overlap = true,
                                    .pingpong = false,
-                                   .rescale = Rescale::kConditional,
+                                   .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic};
 };
 template <DType kDType>
@@ -142,7 +146,7 @@ struct FwdHdim256Causal {
                                    .stages = 2,
                                    .overlap = true,
                                    .pingpong = false,
-                                   .rescale = Rescale::kConditional,
+                                   .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic};
 };
 

@@ -62,23 +62,31 @@ class FwdConsumer {
       : params_(params), rings_(rings), warpgroup_(warpgroup), turns_(warpgroup) {}
 
   __device__ __forceinline__ void run() {
-    FwdSchedule<Config> schedule(rings_.tile_queue);
-    while (true) {
+    for (FwdSchedule<Config> schedule(rings_.tile_queue);; schedule.step()) {
       schedule.receive();
-      if (schedule.index >= params_.grid.tiles) return;
-      attend(tile_work<Config>(params_, schedule.index));
-      schedule.step();
+      if (schedule.index >= params_.grid.tiles) break;
+      const TileWork work = tile_work<Config>(params_, schedule.index);
+      const KeyBlocks blocks = uniform_blocks(work);
+      if (!attend<kConfig.softmax>(work, blocks, tile_blocks<Config>(params_, work))) {
+        list_for_redo(schedule.index);
+      }
     }
+    if constexpr (kConfig.softmax == Softmax::kLazy) redo();
   }
 
  private:
-  __device__ __forceinline__ void attend(const TileWork& work) {
-    const int32_t tile_end = tile_blocks<Config>(params_, work);
-    // Uniform, and the shuffle says so: a bound that ptxas takes for divergent serializes the loop.
-    KeyBlocks blocks = warpgroup_blocks<Config>(params_, work, warpgroup_);
-    blocks.end = __shfl_sync(0xffffffff, blocks.end, 0);
-    blocks.unmasked_end = __shfl_sync(0xffffffff, blocks.unmasked_end, 0);
+  // Uniform, and the shuffle says so: a bound that ptxas takes for divergent serializes the loop.
+  __device__ __forceinline__ KeyBlocks uniform_blocks(const TileWork& work) const {
+    const KeyBlocks blocks = warpgroup_blocks<Config>(params_, work, warpgroup_);
+    return {__shfl_sync(0xffffffff, blocks.end, 0), __shfl_sync(0xffffffff, blocks.unmasked_end, 0),
+            __shfl_sync(0xffffffff, blocks.first_row_unseen, 0) != 0};
+  }
 
+  // The warpgroup's rows of a tile of `tile_end` blocks. False where a lazy reference failed;
+  // always the same in all threads of the warpgroup.
+  template <Softmax kSoftmax>
+  __device__ __forceinline__ bool attend(const TileWork& work, const KeyBlocks& blocks,
+                                         int32_t tile_end) {
     float output[kOutputs];
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) output[i] = 0.0f;
@@ -91,25 +99,60 @@ class FwdConsumer {
     // The tile's last blocks may be visible to the warpgroups below only.
     for (int32_t block = tile_end - 1; block >= blocks.end; --block) skip_block();
 
+    bool good = true;
     float inverse[2] = {0.0f, 0.0f};
     float lse[2] = {-INFINITY, -INFINITY};
-    if (tile_end > 0) {
-      ptx::mbarrier_wait(rings_.q_full + 8 * warpgroup_, q_phase_);
-      q_phase_ ^= 1;
-      if (blocks.end == 0) {
-        release_query();
+    if (tile_end > 0) wait_query();
+    if (blocks.end > 0) {
+      if constexpr (kConfig.overlap) {
+        attend_overlapped<kSoftmax>(blocks, visible, output);
       } else {
-        if constexpr (kConfig.overlap) {
-          attend_overlapped(blocks, visible, output);
-        } else {
-          attend_in_order(blocks, visible, output);
-        }
-        softmax_.finish(params_.scale_log2, inverse, lse);
+        attend_in_order(blocks, visible, output);
       }
+      if constexpr (kSoftmax == Softmax::kLazy) {
+        good = !ptx::named_barrier_any(static_cast<int>(ptx::NamedBarrier::kVote) + warpgroup_,
+                                       ptx::kWarpgroupSize, !softmax_.in_range(output, visible));
+      }
+      softmax_.finish(params_.scale_log2, inverse, lse);
+    } else if (tile_end > 0) {
+      release_query();
     }
     store_output<Config>(params_, work.tile, row, output, inverse, lse);
+    return good;
   }
 
+  __device__ __forceinline__ void list_for_redo(uint32_t tile) {
+    if (threadIdx.x % ptx::kWarpgroupSize != 0) return;
+    const uint32_t entry = tile * kConfig.consumer_warpgroups + warpgroup_;
+    params_.redo_next[entry] = atomicExch(&rings_.redo->head, entry + 1);
+  }
+
+  // The listed rows, by the loop that takes a maximum in every block. The other warpgroups let the
+  // blocks pass.
+  __device__ __forceinline__ void redo() {
+    const uint32_t drained = ptx::shared_address(&rings_.redo->drained);
+    if (ptx::lane_index() == 0) ptx::mbarrier_arrive(drained);
+    ptx::mbarrier_wait(drained, 0);
+    uint32_t count = 0;
+    for (RedoCursor redo(*rings_.redo); redo.entry != 0; redo.step(params_), ++count) {
+      const TileWork work = tile_work<Config>(params_, redo.template tile<Config>());
+      const int chosen = redo.template warpgroup<Config>();
+      if (chosen == warpgroup_) {
+        const KeyBlocks blocks = uniform_blocks(work);
+        attend<Softmax::kConditional>(work, blocks, blocks.end);
+      } else {
+        const int32_t end = warpgroup_blocks<Config>(params_, work, chosen).end;
+        for (int32_t block = 0; block < end; ++block) skip_block();
+        wait_query();
+        release_query();
+      }
+    }
+    if (warpgroup_ == 0 && threadIdx.x % ptx::kWarpgroupSize == 0) {
+      params_.redo_count[blockIdx.x] = count;
+    }
+  }
+
+  template <Softmax kSoftmax>
   __device__ __forceinline__ void attend_overlapped(const KeyBlocks& blocks,
                                                     const int32_t (&visible)[2],
                                                     float (&output)[kOutputs]) {
@@ -126,8 +169,19 @@ class FwdConsumer {
     softmax_.first(scores_, params_.scale_log2);
     pack_fragments<kConfig.dtype>(scores_, probs_);
 
-    for (--block; block >= blocks.unmasked_end; --block) step<true>(block, visible, output);
-    for (; block >= 0; --block) step<false>(block, visible, output);
+    for (--block; block >= blocks.unmasked_end; --block) step<true, false>(block, visible, output);
+    if constexpr (kSoftmax == Softmax::kLazy) {
+      // A reference needs a visible key. The first row may have seen none yet, when the masked
+      // blocks begin just behind its last key (later rows see more); one more block shows it some.
+      if (block >= 0 && blocks.first_row_unseen) {
+        step<false, false>(block, visible, output);
+        --block;
+      }
+      softmax_.freeze();
+      for (; block >= 0; --block) step<false, true>(block, visible, output);
+    } else {
+      for (; block >= 0; --block) step<false, false>(block, visible, output);
+    }
 
     release_query();
     rings_.v_ring.wait(v_at_);
@@ -139,7 +193,7 @@ class FwdConsumer {
     release_values();
   }
 
-  template <bool kMasked>
+  template <bool kMasked, bool kFrozen>
   __device__ __forceinline__ void step(int32_t block, const int32_t (&visible)[2],
                                        float (&output)[kOutputs]) {
     rings_.k_ring.wait(k_at_);
@@ -158,13 +212,17 @@ class FwdConsumer {
     ptx::fence_registers(scores_);
     release_keys();
     if constexpr (kMasked) mask(block, visible);
-    softmax_.next(scores_, params_.scale_log2);
+    if constexpr (kFrozen) {
+      softmax_.next_frozen(scores_, params_.scale_log2);
+    } else {
+      softmax_.next(scores_, params_.scale_log2);
+    }
 
     ptx::wgmma_wait<0>();
     ptx::fence_registers(output);
     ptx::fence_registers(probs_);
     release_values();
-    softmax_.rescale(output);
+    if constexpr (!kFrozen) softmax_.rescale(output);
     pack_fragments<kConfig.dtype>(scores_, probs_);
   }
 
@@ -251,6 +309,10 @@ class FwdConsumer {
     rings_.v_ring.release(v_at_);
     v_at_.advance();
   }
+  __device__ __forceinline__ void wait_query() {
+    ptx::mbarrier_wait(rings_.q_full + 8 * warpgroup_, q_phase_);
+    q_phase_ ^= 1;
+  }
   // The last scores are done: the producer may load the next tile's query under the last P V.
   __device__ __forceinline__ void release_query() {
     if (ptx::lane_index() == 0) ptx::mbarrier_arrive(rings_.q_empty + 8 * warpgroup_);
@@ -273,7 +335,7 @@ class FwdConsumer {
   uint32_t q_phase_ = 0;
   float scores_[kScores];
   uint32_t probs_[kScores / 2];
-  OnlineSoftmax<kScores, kConfig.rescale> softmax_;
+  OnlineSoftmax<kScores, kConfig.softmax, kConfig.dtype> softmax_;
 };
 
 }  // namespace jax_fa3

@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
     rings.k_ring.init(kConfig.consumer_warps());
     rings.v_ring.init(kConfig.consumer_warps());
     FwdSchedule<Config>::init(rings.tile_queue, kConfig.consumer_warps());
+    ptx::mbarrier_init(ptx::shared_address(&rings.redo->drained), kConfig.consumer_warps());
+    rings.redo->head = 0;
     ptx::mbarrier_fence_init();
   }
   __syncthreads();

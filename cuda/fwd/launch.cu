@@ -128,7 +128,10 @@ Status launch_fwd(const Problem& problem, const FwdPlan& plan, const FwdBuffers&
   params.out = buffers.out;
   params.lse = buffers.lse;
   params.query_offset = buffers.query_offset;
-  params.tile_counter = static_cast<uint32_t*>(buffers.workspace);
+  auto* const workspace = static_cast<uint8_t*>(buffers.workspace);
+  params.tile_counter = reinterpret_cast<uint32_t*>(workspace + FwdWorkspace::kTileCounter);
+  params.redo_count = reinterpret_cast<uint32_t*>(workspace + FwdWorkspace::kRedoCount);
+  params.redo_next = reinterpret_cast<uint32_t*>(workspace + FwdWorkspace::kRedoNext);
   params.grid = plan.grid;
   params.batch_map = problem.batch_map;
   params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);

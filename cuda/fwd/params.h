@@ -19,6 +19,8 @@ struct FwdParams {
   float* lse;                   // [batch, heads_q, seqlen_q]; natural log, -inf for a masked row
   const int32_t* query_offset;  // [batch], or null: `diagonal` holds for every row
   uint32_t* tile_counter;       // zero at launch; dynamic schedules only
+  uint32_t* redo_next;          // [tiles * consumer warpgroups]: a CTA's list of rows to do again
+  uint32_t* redo_count;         // [ctas]: how many there were; written, never read
   TileGrid grid;
   BatchMap batch_map;
   int32_t seqlen_q;

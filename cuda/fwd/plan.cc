@@ -17,9 +17,6 @@ constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
 
 constexpr int64_t kMaxTiles = (int64_t{1} << 31) - 1;
 
-// The tile counter, padded so that the next allocation keeps its alignment.
-constexpr int64_t kTileCounterBytes = 128;
-
 Status check(const Problem& p) {
   std::ostringstream why;
   const auto refuse = [&](const char* name, int64_t got, const std::string& wanted) {
@@ -79,12 +76,15 @@ Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
   plan.grid = {static_cast<uint32_t>(tiles), static_cast<int32_t>(m_tiles),
                static_cast<int32_t>(problem.heads_q),
                static_cast<int32_t>(std::min(heads_in_flight, std::max<int64_t>(1, pairs)))};
-  plan.ctas = static_cast<int>(std::min<int64_t>(tiles, device.sm_count));
+  plan.ctas = static_cast<int>(std::min<int64_t>({tiles, device.sm_count, FwdWorkspace::kMaxCtas}));
   return {};
 }
 
 int64_t fwd_workspace_bytes(const Problem& problem) {
-  return problem.mask == MaskKind::kCausal ? kTileCounterBytes : 0;
+  FwdPlan plan;
+  if (!plan_fwd(problem, Device{}, plan).ok()) return 0;  // the launch will say why
+  return FwdWorkspace::kRedoNext +
+         int64_t{4} * plan.grid.tiles * plan.named().config.consumer_warpgroups;
 }
 
 std::string describe(const Problem& p) {
@@ -102,7 +102,9 @@ std::string describe(const Problem& problem, const FwdPlan& plan) {
        << c.stages << " stages, " << c.consumer_warpgroups << " consumer warpgroups ("
        << c.consumer_registers() << " registers)" << (c.overlap ? ", overlap" : "")
        << (c.pingpong ? ", pingpong" : "")
-       << (c.rescale == Rescale::kConditional ? ", conditional rescale" : "")
+       << (c.softmax == Softmax::kLazy          ? ", lazy reference"
+           : c.softmax == Softmax::kConditional ? ", conditional rescale"
+                                                : "")
        << (c.schedule == Schedule::kDynamic ? ", dynamic schedule" : ", static schedule") << "; "
        << plan.grid.tiles << " tiles on " << plan.ctas << " CTAs of " << c.threads() << " threads, "
        << c.smem_bytes() / 1024 << " KiB shared; " << describe(problem);

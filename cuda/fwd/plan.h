@@ -26,6 +26,14 @@ struct FwdPlan {
 // The plan, or why there is none.
 Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan);
 
+// The workspace of a launch, in bytes from its start.
+struct FwdWorkspace {
+  static constexpr int64_t kMaxCtas = 256;    // more multiprocessors than any sm_90 device has
+  static constexpr int64_t kTileCounter = 0;  // uint32, zeroed
+  static constexpr int64_t kRedoCount = 128;  // uint32 [kMaxCtas]
+  static constexpr int64_t kRedoNext = kRedoCount + 4 * kMaxCtas;  // uint32, one for 64 rows
+};
+
 // Bytes of device memory that any launch of this problem needs besides its results, on any device.
 int64_t fwd_workspace_bytes(const Problem& problem);
 

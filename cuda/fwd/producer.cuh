@@ -34,50 +34,56 @@ __device__ __forceinline__ void produce(const FwdParams& params, const FwdRings<
   typename FwdRings<Config>::Position k_at, v_at;
   uint32_t q_phase = 0;
 
-  FwdSchedule<Config> schedule(rings.tile_queue);
-  while (true) {
-    schedule.publish();
-    if (schedule.index >= params.grid.tiles) return;
-    schedule.prefetch(params.tile_counter);
+  const auto load_tile = [&](const TileWork& work, int32_t blocks) {
+    const OperandBatch batch = operand_batch(params.batch_map, work.tile.batch);
+    const int32_t head_k = work.tile.head / params.group;
 
+    const auto load_k = [&](int32_t block) {
+      rings.k_ring.acquire(k_at, kConfig.kv_bytes());
+      ptx::tma_load_5d(params.k_map, rings.k_ring.full_barrier(k_at.stage),
+                       rings.k + k_at.stage * kConfig.kv_bytes(), 0, block * kConfig.tile_n, 0,
+                       head_k, batch.k);
+      k_at.advance();
+    };
+    const auto load_v = [&](int32_t block) {
+      rings.v_ring.acquire(v_at, kConfig.kv_bytes());
+      ptx::tma_load_5d(params.v_map, rings.v_ring.full_barrier(v_at.stage),
+                       rings.v + v_at.stage * kConfig.kv_bytes(), 0, block * kConfig.tile_n, 0,
+                       head_k, batch.v);
+      v_at.advance();
+    };
+
+    load_k(blocks - 1);
+#pragma unroll
+    for (int w = 0; w < kConfig.consumer_warpgroups; ++w) {
+      ptx::mbarrier_wait(rings.q_empty + 8 * w, q_phase ^ 1);
+      ptx::mbarrier_arrive_expect_tx(rings.q_full + 8 * w, kConfig.q_bytes());
+      ptx::tma_load_5d(params.q_map, rings.q_full + 8 * w, rings.q + w * kConfig.q_bytes(), 0,
+                       work.tile.m_tile * kConfig.tile_m() + w * 64, 0, work.tile.head, batch.q);
+    }
+    q_phase ^= 1;
+#pragma unroll 1  // unrolled, the loop outgrows the producer's registers
+    for (int32_t block = blocks - 2; block >= 0; --block) {
+      load_k(block);
+      load_v(block + 1);
+    }
+    load_v(0);
+  };
+
+  for (FwdSchedule<Config> schedule(rings.tile_queue);; schedule.step()) {
+    schedule.publish();
+    if (schedule.index >= params.grid.tiles) break;
+    schedule.prefetch(params.tile_counter);
     const TileWork work = tile_work<Config>(params, schedule.index);
     const int32_t blocks = tile_blocks<Config>(params, work);
-    if (blocks > 0) {
-      const OperandBatch batch = operand_batch(params.batch_map, work.tile.batch);
-      const int32_t head_k = work.tile.head / params.group;
-
-      const auto load_k = [&](int32_t block) {
-        rings.k_ring.acquire(k_at, kConfig.kv_bytes());
-        ptx::tma_load_5d(params.k_map, rings.k_ring.full_barrier(k_at.stage),
-                         rings.k + k_at.stage * kConfig.kv_bytes(), 0, block * kConfig.tile_n, 0,
-                         head_k, batch.k);
-        k_at.advance();
-      };
-      const auto load_v = [&](int32_t block) {
-        rings.v_ring.acquire(v_at, kConfig.kv_bytes());
-        ptx::tma_load_5d(params.v_map, rings.v_ring.full_barrier(v_at.stage),
-                         rings.v + v_at.stage * kConfig.kv_bytes(), 0, block * kConfig.tile_n, 0,
-                         head_k, batch.v);
-        v_at.advance();
-      };
-
-      load_k(blocks - 1);
-#pragma unroll
-      for (int w = 0; w < kConfig.consumer_warpgroups; ++w) {
-        ptx::mbarrier_wait(rings.q_empty + 8 * w, q_phase ^ 1);
-        ptx::mbarrier_arrive_expect_tx(rings.q_full + 8 * w, kConfig.q_bytes());
-        ptx::tma_load_5d(params.q_map, rings.q_full + 8 * w, rings.q + w * kConfig.q_bytes(), 0,
-                         work.tile.m_tile * kConfig.tile_m() + w * 64, 0, work.tile.head, batch.q);
-      }
-      q_phase ^= 1;
-#pragma unroll 1  // unrolled, the loop outgrows the producer's registers
-      for (int32_t block = blocks - 2; block >= 0; --block) {
-        load_k(block);
-        load_v(block + 1);
-      }
-      load_v(0);
+    if (blocks > 0) load_tile(work, blocks);
+  }
+  if constexpr (kConfig.softmax == Softmax::kLazy) {
+    ptx::mbarrier_wait(ptx::shared_address(&rings.redo->drained), 0);
+    for (RedoCursor redo(*rings.redo); redo.entry != 0; redo.step(params)) {
+      const TileWork work = tile_work<Config>(params, redo.tile<Config>());
+      load_tile(work, warpgroup_blocks<Config>(params, work, redo.warpgroup<Config>()).end);
     }
-    schedule.step();
   }
 }
 

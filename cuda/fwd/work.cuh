@@ -11,6 +11,14 @@
 
 namespace jax_fa3 {
 
+// Softmax::kLazy: a CTA's rows whose sums left their range, 64 a warpgroup, as a linked list
+// through FwdParams::redo_next. Entry e is warpgroup (e - 1) % W of tile (e - 1) / W; 0 ends the
+// list. They are done again when the CTA has no other tile left, so that no CTA waits for another.
+struct RedoList {
+  uint64_t drained;  // barrier: every consumer warp is through with its tiles
+  uint32_t head;
+};
+
 // Tiles lie in chunks of 64 columns: [head_dim / 64][rows][64], rows of 128 bytes, 128-byte
 // swizzle.
 template <class Config>
@@ -27,6 +35,7 @@ struct FwdSmem {
   uint64_t v_full[kConfig.stages];
   uint64_t v_empty[kConfig.stages];
   TileQueue tile_queue;
+  RedoList redo;
 };
 
 // The shared memory as both roles see it.
@@ -39,6 +48,7 @@ struct FwdRings {
   uint32_t q_full, q_empty;
   Ring<kConfig.stages> k_ring, v_ring;
   uint32_t tile_queue;
+  RedoList* redo;
 
   __device__ __forceinline__ explicit FwdRings(FwdSmem<Config>& smem)
       : q(ptx::shared_address(smem.q)),
@@ -48,7 +58,8 @@ struct FwdRings {
         q_empty(ptx::shared_address(smem.q_empty)),
         k_ring{ptx::shared_address(smem.k_full), ptx::shared_address(smem.k_empty)},
         v_ring{ptx::shared_address(smem.v_full), ptx::shared_address(smem.v_empty)},
-        tile_queue(ptx::shared_address(&smem.tile_queue)) {}
+        tile_queue(ptx::shared_address(&smem.tile_queue)),
+        redo(&smem.redo) {}
 };
 
 template <Schedule kSchedule>
@@ -72,6 +83,25 @@ struct TileOrderOf<MaskKind::kCausal> {
 };
 template <class Config>
 using FwdTileOrder = typename TileOrderOf<Config::value.mask>::type;
+
+// Walks the finished list: call after waiting for `drained`.
+struct RedoCursor {
+  uint32_t entry;
+
+  __device__ __forceinline__ explicit RedoCursor(const RedoList& list)
+      : entry(*static_cast<const volatile uint32_t*>(&list.head)) {}
+  template <class Config>
+  __device__ __forceinline__ uint32_t tile() const {
+    return (entry - 1) / Config::value.consumer_warpgroups;
+  }
+  template <class Config>
+  __device__ __forceinline__ int warpgroup() const {
+    return static_cast<int>((entry - 1) % Config::value.consumer_warpgroups);
+  }
+  __device__ __forceinline__ void step(const FwdParams& params) {
+    entry = static_cast<const volatile uint32_t*>(params.redo_next)[entry - 1];
+  }
+};
 
 // What a tile asks for, worked out alike by producer and consumers.
 struct TileWork {

@@ -10,8 +10,7 @@
 namespace jax_fa3 {
 namespace {
 
-Problem problem(int64_t batch, int64_t seqlen, int64_t heads, int64_t head_dim,
-                MaskKind mask) {
+Problem problem(int64_t batch, int64_t seqlen, int64_t heads, int64_t head_dim, MaskKind mask) {
   Problem p;
   p.batch = p.batch_q = p.batch_k = p.batch_v = batch;
   p.seqlen_q = p.seqlen_k = seqlen;
@@ -22,14 +21,14 @@ Problem problem(int64_t batch, int64_t seqlen, int64_t heads, int64_t head_dim,
   return p;
 }
 
-FwdPlan planned(const Problem &p) {
+FwdPlan planned(const Problem& p) {
   FwdPlan plan;
   const Status status = plan_fwd(p, Device{}, plan);
   EXPECT_TRUE(status.ok()) << status.message;
   return plan;
 }
 
-std::string refused(const Problem &p, StatusCode code) {
+std::string refused(const Problem& p, StatusCode code) {
   FwdPlan plan;
   const Status status = plan_fwd(p, Device{}, plan);
   EXPECT_EQ(status.code, code) << status.message;
@@ -42,7 +41,7 @@ TEST(Plan, EveryDtypeHeadDimAndMaskHasItsConfiguration) {
       for (MaskKind mask : {MaskKind::kFull, MaskKind::kCausal}) {
         Problem p = problem(2, 8192, 16, head_dim, mask);
         p.dtype = dtype;
-        const FwdConfig &config = planned(p).named().config;
+        const FwdConfig& config = planned(p).named().config;
         EXPECT_EQ(config.dtype, dtype);
         EXPECT_EQ(config.head_dim, head_dim);
         EXPECT_EQ(config.mask, mask);
@@ -52,8 +51,7 @@ TEST(Plan, EveryDtypeHeadDimAndMaskHasItsConfiguration) {
 }
 
 TEST(Plan, ConfigurationsFitTheirMultiprocessor) {
-  for (const NamedFwdConfig &named : kFwdConfigs)
-    EXPECT_TRUE(named.config.fits()) << named.name;
+  for (const NamedFwdConfig& named : kFwdConfigs) EXPECT_TRUE(named.config.fits()) << named.name;
 }
 
 TEST(Plan, TilesCoverTheOutput) {
@@ -87,16 +85,10 @@ TEST(Plan, MoreHeadsThanAGridDimensionIsFine) {
 
 TEST(Plan, HeadsInFlightFitTheL2) {
   // 8192 keys and values of 128 x 2 bytes are 4 MB a head: 8 heads in 32 MB.
-  EXPECT_EQ(planned(problem(2, 8192, 16, 128, MaskKind::kCausal))
-                .grid.heads_in_flight,
-            8);
+  EXPECT_EQ(planned(problem(2, 8192, 16, 128, MaskKind::kCausal)).grid.heads_in_flight, 8);
   // Never none, never more than there are.
-  EXPECT_EQ(planned(problem(1, 1 << 20, 4, 128, MaskKind::kCausal))
-                .grid.heads_in_flight,
-            1);
-  EXPECT_EQ(
-      planned(problem(2, 128, 4, 128, MaskKind::kCausal)).grid.heads_in_flight,
-      8);
+  EXPECT_EQ(planned(problem(1, 1 << 20, 4, 128, MaskKind::kCausal)).grid.heads_in_flight, 1);
+  EXPECT_EQ(planned(problem(2, 128, 4, 128, MaskKind::kCausal)).grid.heads_in_flight, 8);
   // Query heads that share a key head count once.
   Problem gqa = problem(2, 8192, 32, 128, MaskKind::kCausal);
   gqa.heads_k = 8;
@@ -109,28 +101,29 @@ TEST(Plan, RefusalsNameTheFieldTheValueAndTheWish) {
   p.seqlen_k = int64_t{1} << 29;
   p.scale = -1;
   const std::string message = refused(p, StatusCode::kInvalidArgument);
-  EXPECT_NE(message.find("heads_k is 4, expected a divisor of heads_q = 6"),
-            std::string::npos);
+  EXPECT_NE(message.find("heads_k is 4, expected a divisor of heads_q = 6"), std::string::npos);
   EXPECT_NE(message.find("seqlen_k is 536870912"), std::string::npos);
   EXPECT_NE(message.find("scale is -1"), std::string::npos);
 }
 
 TEST(Plan, AMissingHeadDimListsWhatThereIs) {
-  const std::string message = refused(problem(2, 128, 4, 96, MaskKind::kFull),
-                                      StatusCode::kUnimplemented);
+  const std::string message =
+      refused(problem(2, 128, 4, 96, MaskKind::kFull), StatusCode::kUnimplemented);
   EXPECT_NE(message.find("head_dim 96"), std::string::npos);
   EXPECT_NE(message.find("FwdBf16Hdim128Full"), std::string::npos);
 }
 
 TEST(Plan, MoreTilesThanTheCounterHoldsAreRefused) {
-  refused(problem(1 << 20, 192 * 64, 64, 64, MaskKind::kCausal),
-          StatusCode::kUnimplemented);
+  refused(problem(1 << 20, 192 * 64, 64, 64, MaskKind::kCausal), StatusCode::kUnimplemented);
 }
 
-TEST(Plan, ACounterIsNeededOnlyWhereTilesAreHandedOut) {
-  EXPECT_EQ(fwd_workspace_bytes(problem(2, 8192, 16, 128, MaskKind::kFull)), 0);
-  EXPECT_EQ(fwd_workspace_bytes(problem(2, 8192, 16, 128, MaskKind::kCausal)),
-            128);
+TEST(Plan, TheWorkspaceHoldsOneWordForEvery64Rows) {
+  const Problem p = problem(2, 8192, 16, 128, MaskKind::kFull);
+  const FwdPlan plan = planned(p);
+  EXPECT_EQ(
+      fwd_workspace_bytes(p),
+      FwdWorkspace::kRedoNext + 4 * plan.grid.tiles * plan.named().config.consumer_warpgroups);
+  EXPECT_LT(fwd_workspace_bytes(p), 2 * 16 * 8192 * 4 / 32);  // a small part of lse
 }
 
 TEST(Plan, TheDescriptionNamesConfigurationAndProblem) {
@@ -140,17 +133,16 @@ TEST(Plan, TheDescriptionNamesConfigurationAndProblem) {
   EXPECT_NE(text.find("batch 2"), std::string::npos);
 }
 
-template <class Order> void expect_every_tile_once(const TileGrid &grid) {
+template <class Order>
+void expect_every_tile_once(const TileGrid& grid) {
   std::set<std::tuple<int, int, int>> seen;
   for (uint32_t index = 0; index < grid.tiles; ++index) {
     const Tile tile = Order::tile(grid, index);
     EXPECT_GE(tile.m_tile, 0);
     EXPECT_LT(tile.m_tile, grid.m_tiles);
     EXPECT_LT(tile.head, grid.heads);
-    EXPECT_LT(tile.batch,
-              static_cast<int>(grid.tiles) / grid.m_tiles / grid.heads);
-    EXPECT_TRUE(seen.insert({tile.m_tile, tile.head, tile.batch}).second)
-        << index;
+    EXPECT_LT(tile.batch, static_cast<int>(grid.tiles) / grid.m_tiles / grid.heads);
+    EXPECT_TRUE(seen.insert({tile.m_tile, tile.head, tile.batch}).second) << index;
   }
 }
 
@@ -171,5 +163,5 @@ TEST(TileOrder, LongestTilesOfAGroupComeFirst) {
   }
 }
 
-} // namespace
-} // namespace jax_fa3
+}  // namespace
+}  // namespace jax_fa3
