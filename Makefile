@@ -75,7 +75,7 @@ demo: $(call needs,demo)
 # GoogleTest first, so that pytest's closing line is the last one. JAX_FA3_STRICT=1 makes warnings errors (CI's pinned versions).
 test: $(call needs,test) gtest
 	$(say_gpu)
-	$(PY) -m pytest -n $(WORKERS) $(if $(filter 1,$(JAX_FA3_STRICT)),-W error) $(PYTEST)
+	$(PY) -m pytest -n $(WORKERS) --timeout 600 $(if $(filter 1,$(JAX_FA3_STRICT)),-W error) $(PYTEST)
 
 gtest: $(call needs,test)
 	@if ! echo '#include <gtest/gtest.h>' | $${CXX:-c++} -x c++ -E - >/dev/null 2>&1; then \

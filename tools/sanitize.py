@@ -46,8 +46,6 @@ def command(sanitizer: str, tool: str, pytest_arguments: list[str]) -> list[str]
         sys.executable,
         "-m",
         "pytest",
-        "-n0",  # one process: the tool slows each test far more than a second worker would help
-        "--timeout=0",
         "-m",
         "gpu and not big",
         *(pytest_arguments or ["tests/gpu"]),
