@@ -35,7 +35,8 @@ class Parsed(NamedTuple):
     """A checked call."""
 
     spec: AttentionSpec
-    operands: Operands  # query, key and value have one rank: that of the query given
+    operands: Operands  # query, key and value have one rank, at least 3
+    leading: tuple[int, ...]  # shape of the query given, without its head dim: that of the lse
     implementations: tuple[str, ...]  # to try in order
     names: tuple[str, str]  # checkpoint names of out and lse
 
@@ -107,9 +108,10 @@ def parse(
     v = as_array("value", value, problems)
     if q is None or k is None or v is None:
         problems.fail()
-    q, k, v = _one_rank(q, k, v, problems)
+    given = {"query": q.shape, "key": k.shape, "value": v.shape}
+    q, k, v = _one_rank(q, k, v)
     _check_dtypes(q, k, v, problems)
-    shapes_agree = _check_shapes(q, k, v, problems)
+    have_dims = _check_shapes(q, k, v, given, problems)
 
     is_causal = _flag("is_causal", is_causal, problems)
     _flag("return_residual", return_residual, problems)
@@ -130,8 +132,7 @@ def parse(
     if key_value_segment_ids is not None and query_segment_ids is None:
         problems.add("key_value_segment_ids", "ids alone", "query_segment_ids with them")
 
-    # What follows is compared with shapes that must be known to make sense.
-    if not shapes_agree:
+    if not have_dims:  # which the arrays below are compared with
         problems.fail()
     batch, (t, n, _), s = q.shape[:-3], q.shape[-3:], k.shape[-3]
 
@@ -188,7 +189,7 @@ def parse(
         value_descale=v_descale,
     )
     names = (checkpoint_name, checkpoint_name) if checkpoint_name else (OUT_NAME, LSE_NAME)
-    return Parsed(spec, operands, implementations, names)
+    return Parsed(spec, operands, given["query"][:-1], implementations, names)
 
 
 # --- query, key, value ---
@@ -212,27 +213,23 @@ def _describe(x: Any) -> str:
 
 
 def show(shape: Sequence[int | str]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+    """A shape as Python writes it; letters stand for dims that are free."""
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
-def _one_rank(q, k, v, problems: Problems):
-    """Gives key and value the query's rank where, as in jax.nn, only a batch of 1 differs."""
-    shapes = []
-    for x in (k, v):
-        if q.ndim == 3 and x.ndim == 4 and x.shape[0] == 1:
-            x = x[0]
-        elif q.ndim == 4 and q.shape[0] == 1 and x.ndim == 3:
-            x = x[None]
-        shapes.append(x)
-    k, v = shapes
-    for name, x, layout in (
-        ("query", q, "T, N, H"),
-        ("key", k, "S, K, H"),
-        ("value", v, "S, K, D"),
-    ):
-        if x.ndim < 3:
-            problems.add(name, f"shape {show(x.shape)}", f"[*batch, {layout}]")
-    return q, k, v
+def _one_rank(q, k, v):
+    """One rank for the three where, as in jax.nn, leading dims of 1 are missing or too many."""
+    rank = max(q.ndim, 3)
+    return _of_rank(q, rank), _of_rank(k, rank), _of_rank(v, rank)
+
+
+def _of_rank(x, rank: int):
+    """`x` with leading ones added to reach `rank`, 3 or 4, or with one removed to reach 3."""
+    if rank == 3 and x.ndim == 4 and x.shape[0] == 1:
+        return x[0]
+    if rank <= 4 and 0 < x.ndim < rank:
+        return jnp.expand_dims(x, tuple(range(rank - x.ndim)))
+    return x
 
 
 def _check_dtypes(q, k, v, problems: Problems) -> None:
@@ -244,26 +241,27 @@ def _check_dtypes(q, k, v, problems: Problems) -> None:
             problems.add(name, f"dtype {x.dtype.name}", f"the query's dtype, {q.dtype.name}")
 
 
-def _check_shapes(q, k, v, problems: Problems) -> bool:
-    """Whether batch, T, S, N, K, H and D are well defined."""
+def _check_shapes(q, k, v, given: dict[str, tuple[int, ...]], problems: Problems) -> bool:
+    """Whether there are T, S, N, K, H and D to speak of; `given` are the shapes to report."""
+    got = {name: f"shape {show(shape)}" for name, shape in given.items()}
+    layouts = {"query": "T, N, H", "key": "S, K, H", "value": "S, K, D"}
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if x.ndim < 3:
+            problems.add(name, got[name], f"[*batch, {layouts[name]}]")
     if min(q.ndim, k.ndim, v.ndim) < 3:
         return False
     *batch, _, n, h = q.shape
     *batch_k, s, heads_k, h_k = k.shape
     *batch_v, s_v, heads_v, _ = v.shape
-    good = True
     if batch_k != batch or h_k != h:
-        got, wanted = show(k.shape), show((*batch, "S", "K", h))
-        problems.add("key", f"shape {got}", f"{wanted} with the query's batch and head dim")
-        good = False
+        wanted = show((*batch, "S", "K", h))
+        problems.add("key", got["key"], f"{wanted} with the query's batch and head dim")
     if batch_v != batch or (s_v, heads_v) != (s, heads_k):
-        got, wanted = show(v.shape), show((*batch, s, heads_k, "D"))
-        problems.add("value", f"shape {got}", f"{wanted} with the query's batch, the key's S and K")
-        good = False
+        wanted = show((*batch, s, heads_k, "D"))
+        problems.add("value", got["value"], f"{wanted} with the query's batch, the key's S and K")
     if (n % heads_k if heads_k else n) != 0:
         problems.add("key", f"{heads_k} heads", f"a divisor of the query's {n} heads")
-        good = False
-    return good
+    return True
 
 
 # --- static options ---
@@ -479,7 +477,7 @@ def _over_batch(name: str, x: Any, batch: tuple[int, ...], problems: Problems) -
     if batch == () and x.shape == (1,):
         return x.reshape(())
     if x.shape != batch:
-        wanted = f"[*batch] = {show(batch)}" if batch else "[] or [1]"
+        wanted = f"[*batch] = {show(batch)}" if batch else "() or (1,)"
         problems.add(name, f"shape {show(x.shape)}", wanted)
         return None
     return x
@@ -619,7 +617,7 @@ def _sinks(x: Any, n: int, problems: Problems) -> Any:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         problems.add("sinks", f"dtype {x.dtype.name}", "a floating dtype", is_type=True)
     if x.shape != (n,):
-        problems.add("sinks", f"shape {show(x.shape)}", f"[N] = [{n}]")
+        problems.add("sinks", f"shape {show(x.shape)}", f"[N] = {show((n,))}")
     return x
 
 

@@ -100,6 +100,11 @@ _BWD_CORE_RANKS = [3, 2, 3, 2]  # out, lse, dout, dlse
 # --- abstract evaluation ---
 
 
+def _lse_dtype(dtype) -> np.dtype:
+    # Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def _batch_of(shapes: Sequence[tuple[int, ...]], ranks: Sequence[int]) -> tuple[int, ...]:
     """The full batch dims. Raises ValueError when an operand has others than those or 1."""
     batches = [shape[: len(shape) - rank] for shape, rank in zip(shapes, ranks, strict=True)]
@@ -180,9 +185,8 @@ def _fwd_abstract(*avals, names, spec, fallback):
         raise ValueError(f"jax_fa3_fwd: query {q}, key {k} and value {v} have different dtypes")
     batch = _batch_of([a.shape for a in avals], ranks)
     t, n, _ = q.shape[-3:]
-    lse_dtype = jnp.promote_types(q.dtype, jnp.float32)
     return _out_avals(
-        [((t, n, v.shape[-1]), spec.out_dtype), ((n, t), lse_dtype)], avals, ranks, batch
+        [((t, n, v.shape[-1]), spec.out_dtype), ((n, t), _lse_dtype(q.dtype))], avals, ranks, batch
     )
 
 
@@ -240,10 +244,9 @@ def _xla_forward(*arrays, names, spec, fallback):
     batch = _batch_of([x.shape for x in arrays], ranks)
     t, n, _ = q.shape[-3:]
     if 0 in (*batch, t, n):
-        lse_dtype = jnp.promote_types(q.dtype, jnp.float32)
         return [
             jnp.zeros((*batch, t, n, v.shape[-1]), spec.out_dtype),
-            jnp.zeros((*batch, n, t), lse_dtype),
+            jnp.zeros((*batch, n, t), _lse_dtype(q.dtype)),
         ]
 
     def attend(*arrays):

@@ -148,7 +148,7 @@ def run(parsed: Parsed, *, packed: bool = False) -> tuple[jax.Array, jax.Array]:
     Args:
       packed: the call stands for packed sequences.
     Returns:
-      out [*batch, T, N, D] and lse [*batch, T, N].
+      out [*batch, T, N, D] and lse [*batch, T, N]; with the query's own rank.
     Raises:
       UnsupportedError: no implementation asked for can take the call.
     """
@@ -160,7 +160,10 @@ def run(parsed: Parsed, *, packed: bool = False) -> tuple[jax.Array, jax.Array]:
         return _vjp.attend(parsed.spec, operands, choice, parsed.names)
 
     out, lse = _sharding.place(attend, parsed.operands)
-    return out, jnp.swapaxes(lse, -1, -2)
+    lse = jnp.swapaxes(lse, -1, -2)
+    if lse.shape != parsed.leading:  # a query of lower rank, as jax.nn takes it
+        out, lse = out.reshape(*parsed.leading, out.shape[-1]), lse.reshape(parsed.leading)
+    return out, lse
 
 
 def remat_policy() -> Callable[..., bool]:
