@@ -19,10 +19,41 @@ Shape shape_of(const ffi::AnyBuffer& buffer) {
   return Shape(buffer.dimensions().begin(), buffer.dimensions().end());
 }
 
+// Reads the named attribute, or adds to `wrong` what it should have been. (XLA's own decoder would
+// say only that some attribute has the wrong type.)
+template <class T>
+void read(const ffi::Dictionary& attributes, const char* name, const char* type, T& value,
+          std::string& wrong) {
+  const ffi::ErrorOr<T> got = attributes.get<T>(name);
+  if (got.has_value()) {
+    value = *got;
+  } else {
+    wrong += std::string(wrong.empty() ? "" : "; ") + "attribute " + name + ": expected " + type +
+             ", " + got.error().message();
+  }
+}
+
+Status read_attributes(const ffi::Dictionary& dictionary, FwdAttributes& attributes) {
+  std::string wrong;
+  read(dictionary, "scale", "f32", attributes.scale, wrong);
+  read(dictionary, "is_causal", "i1", attributes.is_causal, wrong);
+  read(dictionary, "diagonal", "i64", attributes.diagonal, wrong);
+  read(dictionary, "has_query_offset", "i1", attributes.has_query_offset, wrong);
+  if (dictionary.size() != 4) {
+    wrong += std::string(wrong.empty() ? "" : "; ") + "got " + std::to_string(dictionary.size()) +
+             " attributes, expected 4";
+  }
+  return wrong.empty() ? Status{} : Status::invalid_argument(wrong);
+}
+
 ffi::Error fwd(CUstream_st* stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
                ffi::RemainingArgs optional, ffi::Result<ffi::AnyBuffer> out,
-               ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace, float scale,
-               bool is_causal, int64_t diagonal, bool has_query_offset) {
+               ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace,
+               ffi::Dictionary dictionary) {
+  FwdAttributes attributes{};
+  Status status = read_attributes(dictionary, attributes);
+  if (!status.ok()) return to_ffi_error(kTarget, status);
+
   FwdBuffers buffers{};
   FwdShapes shapes{query.element_type(),
                    key.element_type(),
@@ -38,13 +69,13 @@ ffi::Error fwd(CUstream_st* stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ff
   if (lse->element_type() != ffi::DataType::F32) {
     return to_ffi_error(kTarget, Status::invalid_argument("lse: expected float32"));
   }
-  if (optional.size() != static_cast<size_t>(has_query_offset)) {
+  if (optional.size() != static_cast<size_t>(attributes.has_query_offset)) {
     return to_ffi_error(
-        kTarget, Status::invalid_argument("got " + std::to_string(optional.size()) +
-                                          " optional operands, expected " +
-                                          std::to_string(static_cast<int>(has_query_offset))));
+        kTarget, Status::invalid_argument(
+                     "got " + std::to_string(optional.size()) + " optional operands, expected " +
+                     std::to_string(static_cast<int>(attributes.has_query_offset))));
   }
-  if (has_query_offset) {
+  if (attributes.has_query_offset) {
     const ffi::ErrorOr<ffi::AnyBuffer> offset = optional.get<ffi::AnyBuffer>(0);
     if (!offset.has_value()) return offset.error();
     if (offset->element_type() != ffi::DataType::S32) {
@@ -55,7 +86,7 @@ ffi::Error fwd(CUstream_st* stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ff
   }
 
   Problem problem;
-  Status status = fwd_problem(shapes, {scale, is_causal, diagonal, has_query_offset}, problem);
+  status = fwd_problem(shapes, attributes, problem);
   if (!status.ok()) return to_ffi_error(kTarget, status);
   Device device;
   if (status = current_device(device); !status.ok()) return to_ffi_error(kTarget, status);
@@ -84,8 +115,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa3_fwd_v1, jax_fa3::fwd,
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Ret<xla::ffi::AnyBuffer>()  // lse
                                   .Ret<xla::ffi::AnyBuffer>()  // workspace
-                                  .Attr<float>("scale")
-                                  .Attr<bool>("is_causal")
-                                  .Attr<int64_t>("diagonal")
-                                  .Attr<bool>("has_query_offset"),
+                                  .Attrs(),                    // FwdAttributes
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -13,12 +13,12 @@ namespace jax_fa3 {
 // that maps only the others) has stride 0 there, so it is never copied. Strides
 // count whole [seqlen, heads, head_dim] blocks.
 struct BatchMap {
-  static constexpr int kMaxLevels = 4;
+  static constexpr int kMaxLevels = 8;
   int32_t levels = 1;
-  int32_t size[kMaxLevels] = {1, 1, 1, 1};
-  int32_t q_stride[kMaxLevels] = {1, 0, 0, 0};
-  int32_t k_stride[kMaxLevels] = {1, 0, 0, 0};
-  int32_t v_stride[kMaxLevels] = {1, 0, 0, 0};
+  int32_t size[kMaxLevels] = {1};
+  int32_t q_stride[kMaxLevels] = {1};
+  int32_t k_stride[kMaxLevels] = {1};
+  int32_t v_stride[kMaxLevels] = {1};
 };
 
 struct Problem {
