@@ -1,5 +1,8 @@
 """The C++ rules that Bazel 4 has built in, under the name that later ones load them by."""
 
 cc_binary = native.cc_binary
+cc_import = native.cc_import
 cc_library = native.cc_library
 cc_test = native.cc_test
+cc_toolchain = native.cc_toolchain
+cc_toolchain_suite = native.cc_toolchain_suite
