@@ -210,6 +210,27 @@ def _length_peers(rows, which):
     ]
 
 
+def cpu_block(results):
+    """jax_fa3's xla path against jax.nn on a CPU, one line a problem and pass."""
+    table = [
+        [
+            f"{row['pass']}, {row['dtype']}, {row['mask']}",
+            row["seqlen"],
+            f"{three_digits(row['jax_fa3_seconds'] * 1e3)} ms",
+            f"{three_digits(row['jax_nn_seconds'] * 1e3)} ms",
+            f"{row['jax_fa3_seconds'] / row['jax_nn_seconds']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["pass, dtype, mask", "T = S", "jax_fa3 xla", "jax.nn", "jax_fa3 / jax.nn"]
+    return (
+        "Time of a call, lower is better.\n\n"
+        + markdown_table(header, table)
+        + f"\n\n{results['device']['kind']}, {results['device']['cores']} cores; JAX "
+        f"{results['versions']['jax']}; {results['date']}."
+    )
+
+
 def demo_block(runs):
     """One line a run of examples/train_lm.py, and the sample of the first."""
     table = [
@@ -482,7 +503,7 @@ def generate(repository):
         figures[FIGURES / "memory.svg"] = memory_figure(length)
     else:
         blocks["memory"] = _not_measured("memory.json", "benchmarks/attention.py --mode=length")
-    cpu = load(repository, "cpu.json")
+    cpu = load(repository, "cpu.json", "cpu_xla")
     blocks["cpu"] = cpu_block(cpu) if cpu else _not_measured("cpu.json", "benchmarks/cpu_xla.py")
     runs = [
         json.loads(path.read_text())
