@@ -407,7 +407,8 @@ def _scaled(q, factor, q_lengths):
         # Padding may hold NaN, which must not reach the gradient of the factor.
         row = jax.lax.broadcasted_iota(jnp.int32, q.shape, q.ndim - 3)
         q = jnp.where(row < q_lengths[..., None, None, None], q, jnp.zeros((), q.dtype))
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
+    wide = np.float64 if q.dtype == np.float64 else np.float32
     return (q.astype(wide) * factor.astype(wide)).astype(q.dtype)
 
 
