@@ -32,6 +32,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -83,8 +84,10 @@ _TIME_LIMIT = flags.DEFINE_float("time_limit_s", 0, "Start no row after this lon
 _JNP_MAX_GIB = flags.DEFINE_float(
     "jnp_max_gib", 20, "Leave plain jnp out where its float32 scores alone are larger."
 )
-_MAX_SEQLEN = flags.DEFINE_integer("max_seqlen", 65536, "Longest sequence of mode length.")
-_COMPILE_THREADS = flags.DEFINE_integer("compile_threads", 8, "Functions compiled at a time.")
+_MAX_SEQLEN = flags.DEFINE_integer("max_seqlen", 32768, "Longest sequence of mode length.")
+_COMPILE_THREADS = flags.DEFINE_integer(
+    "compile_threads", min(16, os.cpu_count() or 1), "Functions compiled at a time."
+)
 _SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes that show only that the script works.")
 _TREE_HASHES = flags.DEFINE_string(
     "tree_hashes",
@@ -154,7 +157,7 @@ def grid_rows(tokens=16384, hidden=2048, head_dims=(128, 64, 256), seqlens=GRID_
     ]
 
 
-def length_rows(first=4096, last=65536, heads=16, head_dim=128):
+def length_rows(first=4096, last=32768, heads=16, head_dim=128):
     """Sequences that double, one to the batch.
 
     The first is long enough that a kernel takes longer than its dispatch.
@@ -222,11 +225,7 @@ def _flash_mha_peer(module):
             raise Unavailable("needs a GPU")
         if importlib.util.find_spec(module) is None:
             raise Unavailable("not installed")
-        return functools.partial(
-            importlib.import_module(module).flash_mha,
-            softmax_scale=1 / math.sqrt(row.head_dim),
-            is_causal=row.causal,
-        )
+        return functools.partial(importlib.import_module(module).flash_mha, is_causal=row.causal)
 
     return make
 
@@ -452,25 +451,29 @@ class ClockSampler:
 
     def __init__(self):
         self._samples = []
+        # A terminal, because into a pipe it could keep its lines back until a buffer is full.
+        reader, writer = os.openpty()
         try:
             self._process = subprocess.Popen(
                 ["nvidia-smi", "--id=0", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
                 + ["--loop-ms=100"],
-                stdout=subprocess.PIPE,
+                stdout=writer,
                 stderr=subprocess.DEVNULL,
-                text=True,
             )
         except FileNotFoundError:
             self._process = None
+            os.close(reader)
             return
-        threading.Thread(target=self._read, daemon=True).start()
+        finally:
+            os.close(writer)
+        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
 
-    def _read(self):
-        assert self._process is not None
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with contextlib.suppress(ValueError):
-                self._samples.append((time.monotonic(), int(line)))
+    def _read(self, terminal):
+        # OSError: the terminal's other end closed with the process.
+        with contextlib.suppress(OSError), os.fdopen(terminal) as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    self._samples.append((time.monotonic(), int(line)))
 
     def median_since(self, start):
         """MHz, or None where nothing was read since `start` (time.monotonic)."""
