@@ -1,0 +1,309 @@
+"""Eight devices: Manual, Auto and Explicit mesh axes, values and gradients of the dense oracle.
+
+What holds today. That no collective is needed belongs to the issue that brings placement rules.
+"""
+
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, normal, oracle, qkv
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_fa3
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+attend = functools.partial(jax_fa3.dot_product_attention, return_residual=True)
+
+CASES = {
+    "xla": {"dtype": jnp.float32, "h": 8},
+    "primitive": {"dtype": jnp.bfloat16, "h": 64},
+}
+both_doors = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def mesh_of(*sizes, names, kind):
+    devices = np.asarray(jax.devices("cpu")[: int(np.prod(sizes))]).reshape(sizes)
+    return jax.sharding.Mesh(devices, names, axis_types=(kind,) * len(names))
+
+
+def operands(case, **sizes):
+    return qkv(**{"batch": (4,), "t": 8, "s": 8, "n": 4, "k": 2, **case, **sizes})
+
+
+def loss(attention, **options):
+    def f(*args):
+        out, lse = attention(*args, **options)
+        weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return (out.astype(jnp.float32) * weight).sum() + (jnp.sin(lse)).sum()
+
+    return f
+
+
+def exact(*args, **options):
+    return oracle(*(x.astype(jnp.float32) for x in args), **options)
+
+
+@functools.cache
+def wanted(is_causal):
+    """(out, lse) and the gradients of query, key and value, unsharded; compiled once a shape."""
+
+    @jax.jit
+    def both(*args):
+        f = functools.partial(exact, is_causal=is_causal)
+        return f(*args), jax.grad(loss(f), (0, 1, 2))(*args)
+
+    return both
+
+
+def value_and_grads(f, scalar, args):
+    """f(*args) and the gradients of scalar(*args), in one compilation."""
+    return jax.jit(lambda *a: (f(*a), jax.grad(scalar, (0, 1, 2))(*a)))(*args)
+
+
+def check(got, args, case, is_causal=False):
+    right = wanted(is_causal)(*args)
+    values, grads = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), got)
+    assert_close(values, right[0], case["dtype"])
+    assert_close(grads, right[1], case["dtype"], scale=6)
+
+
+# --- Manual: shard_map -------------------------------------------------------------------------
+
+# How query, and how key and value, are split over the mesh (data 4, heads 2).
+SPLITS = {
+    "batch": (P("data"), P("data")),
+    "heads": (P(None, None, "heads"), P(None, None, "heads")),
+    "batch and heads": (P("data", None, "heads"), P("data", None, "heads")),
+    "query sequence": (P(None, "data"), P()),
+    "query alone over heads of one group": (P(None, None, "heads"), P()),
+}
+
+
+@both_doors
+@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no check"])
+@pytest.mark.parametrize(("q_spec", "kv_spec"), SPLITS.values(), ids=SPLITS)
+def test_shard_map_with_the_gradient_outside(case, check_vma, q_spec, kv_spec):
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+    # Split heads of replicated keys work when every local query head reads head 0.
+    k = 1 if q_spec == P(None, None, "heads") and kv_spec == P() else 2
+    args = operands(case, k=k)
+    lse_spec = q_spec
+    f = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(q_spec, kv_spec, kv_spec),
+        out_specs=(q_spec, lse_spec),
+        check_vma=check_vma,
+    )
+    check(value_and_grads(f, loss(f), args), args, case)
+
+
+@both_doors
+@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no check"])
+def test_shard_map_with_the_gradient_inside(case, check_vma):
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+    args = operands(case)
+    spec = P("data", None, "heads")
+
+    def local(*args):
+        out = lambda *a: (attend(*a, is_causal=True)[0].astype(jnp.float32) ** 2).sum()
+        return jax.grad(out, (0, 1, 2))(*args)
+
+    f = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    got = jax.jit(f)(*args)
+    dense = lambda *a: (exact(*a, is_causal=True)[0] ** 2).sum()
+    assert_close(got, jax.jit(jax.grad(dense, (0, 1, 2)))(*args), case["dtype"], scale=6)
+
+
+@both_doors
+def test_shard_map_where_only_the_query_varies_sums_the_gradients_of_keys(case):
+    """The trap of mixed varying axes: dk and dv are the sum over the shards, not one shard's."""
+    mesh = mesh_of(8, names=("data",), kind=AxisType.Auto)
+    args = operands(case, batch=(2,), t=16, k=2)
+
+    def local(q, k, v):
+        grad = jax.grad(lambda q, k, v: attend(q, k, v)[0].astype(jnp.float32).sum(), (0, 1, 2))
+        return grad(q, k, v)
+
+    f = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(None, "data"), P(), P()),
+        out_specs=(P(None, "data"), P(), P()),
+    )
+    got = jax.jit(f)(*args)
+    dense = jax.grad(lambda *a: exact(*a)[0].sum(), (0, 1, 2))
+    assert_close(got, jax.jit(dense)(*args), case["dtype"], scale=6)
+
+
+@both_doors
+def test_outputs_vary_over_the_axes_of_the_operands(case):
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+    seen = []
+
+    def local(q, k, v):
+        out, lse = attend(q, k, v)
+        seen.append((jax.typeof(out).manual_axis_type, jax.typeof(lse).manual_axis_type))
+        seen.append(jax.typeof(q).manual_axis_type)
+        return out
+
+    spec = P("data", None, "heads")
+    jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec), *operands(case))
+    assert seen[0] == (seen[1], seen[1])
+
+
+@both_doors
+def test_shard_map_inside_vmap_and_vmap_inside_shard_map(case):
+    mesh = mesh_of(4, names=("data",), kind=AxisType.Auto)
+    args = tuple(jnp.stack([x, -x]) for x in operands(case))
+    right = jax.vmap(exact)(*args)
+    mapped = functools.partial(jax.shard_map, mesh=mesh)
+    outside = jax.vmap(mapped(attend, in_specs=P("data"), out_specs=P("data")))
+    inside = mapped(jax.vmap(attend), in_specs=P(None, "data"), out_specs=P(None, "data"))
+    for f in (outside, inside):
+        assert_close(jax.jit(f)(*args), right, case["dtype"])
+
+
+@both_doors
+@pytest.mark.parametrize(
+    "options",
+    [{"key_value_seq_lengths": P("data")}, {"query_offset": P("data")}, {"sinks": P(None)}],
+    ids=lambda o: next(iter(o)),
+)
+def test_shard_map_with_an_optional_array(case, options):
+    mesh = mesh_of(4, names=("data",), kind=AxisType.Auto)
+    args = operands(case)
+    (name, spec), *_ = options.items()
+    x = normal((4,)) if name == "sinks" else helpers.integers(0, 8, (4,))
+
+    def f(q, k, v, x):
+        return attend(q, k, v, is_causal=True, **{name: x})
+
+    g = jax.shard_map(f, mesh=mesh, in_specs=(P("data"),) * 3 + (spec,), out_specs=P("data"))
+    assert_close(jax.jit(g)(*args, x), exact(*args, is_causal=True, **{name: x}), case["dtype"])
+    if name == "sinks":
+        got = jax.jit(jax.grad(lambda s: g(*args, s)[1].sum()))(x)
+        dense = jax.grad(lambda s: exact(*args, is_causal=True, sinks=s)[1].sum())(x)
+        assert_close(got, dense, case["dtype"], scale=8)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_kernel_is_called_on_the_local_shard():
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+    spec = P("data", None, "heads")
+    f = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+    text = helpers.cuda_text(f, *operands(CASES["primitive"]))
+    assert helpers.kernel_calls(text) == 1
+    found, _ = helpers.signature(helpers.kernel_lines(text)[0])
+    assert found[:2] == ["1x8x2x64xbf16", "1x8x1x64xbf16"]
+
+
+# --- Auto and Explicit -------------------------------------------------------------------------
+
+PLACED = {
+    "batch": (P("data"), P("data")),
+    "batch and heads": (P("data", None, "heads"), P("data", None, "heads")),
+    "query sequence": (P(None, "data"), P(None, None, "heads")),
+    "both sequences": (P(None, "data"), P(None, "data")),
+    "key sequence": (P("data"), P(None, "data")),
+    "head dim": (P(None, None, None, "data"), P(None, None, None, "data")),
+    "nothing": (P(), P()),
+    "query alone": (P("data", None, "heads"), P()),
+}
+
+
+def placed(args, mesh, q_spec, kv_spec):
+    specs = (q_spec, kv_spec, kv_spec)
+    return tuple(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs))
+
+
+@both_doors
+@pytest.mark.parametrize(("q_spec", "kv_spec"), PLACED.values(), ids=PLACED)
+def test_an_auto_mesh_gives_right_values(case, q_spec, kv_spec):
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+    args = operands(case)
+    sharded = placed(args, mesh, q_spec, kv_spec)
+    f = functools.partial(attend, is_causal=True)
+    check(value_and_grads(f, loss(f), sharded), args, case, is_causal=True)
+
+
+@both_doors
+@pytest.mark.parametrize("name", [n for n in PLACED if n not in ("head dim", "both sequences")])
+def test_an_explicit_mesh_gives_right_values(case, name):
+    q_spec, kv_spec = PLACED[name]
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Explicit)
+    args = operands(case)
+    with jax.set_mesh(mesh):
+        sharded = placed(args, mesh, q_spec, kv_spec)
+
+        def scalar(*args):
+            out, lse = attend(*args, is_causal=True)
+            out, lse = jax.sharding.reshard((out, lse), (P(), P()))
+            return loss(lambda o, l: (o, l))(out, lse)
+
+        got = value_and_grads(functools.partial(attend, is_causal=True), scalar, sharded)
+        for grad, x in zip(got[1], sharded):
+            assert jax.typeof(grad).sharding.spec == jax.typeof(x).sharding.spec
+    check(got, args, case, is_causal=True)
+
+
+@both_doors
+@pytest.mark.parametrize("name", ["head dim", "both sequences"])
+def test_an_explicit_mesh_is_right_or_raises_with_advice(case, name):
+    """Never a wrong number."""
+    q_spec, kv_spec = PLACED[name]
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Explicit)
+    args = operands(case)
+    with jax.set_mesh(mesh):
+        sharded = placed(args, mesh, q_spec, kv_spec)
+        values = jax.jit(attend)(*sharded)
+    assert_close(jax.tree.map(np.asarray, values), exact(*args), case["dtype"])
+
+
+@both_doors
+@pytest.mark.parametrize("k", [4, 2, 1])
+def test_tensor_parallel_heads_with_fewer_key_heads(case, k):
+    """Key heads fewer than the degree: replicated keys, split query heads, right values."""
+    args = operands(case, n=8, k=k)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = mesh_of(4, names=("heads",), kind=kind)
+        kv_spec = P(None, None, "heads") if k % 4 == 0 else P()
+        with jax.set_mesh(mesh):
+            sharded = placed(args, mesh, P(None, None, "heads"), kv_spec)
+            values = jax.jit(attend)(*sharded)
+        assert_close(jax.tree.map(np.asarray, values), exact(*args), case["dtype"])
+
+
+@both_doors
+def test_lengths_sharded_with_the_batch(case):
+    args = operands(case)
+    lengths = jnp.asarray([0, 3, 8, 5])
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = mesh_of(4, names=("data",), kind=kind)
+        with jax.set_mesh(mesh):
+            sharded = placed(args, mesh, P("data"), P("data"))
+            spread = jax.device_put(lengths, NamedSharding(mesh, P("data")))
+            f = lambda *a: attend(*a[:3], key_value_seq_lengths=a[3])
+            values = jax.jit(f)(*sharded, spread)
+        right = exact(*args, key_value_seq_lengths=lengths)
+        assert_close(jax.tree.map(np.asarray, values), right, case["dtype"])
+
+
+@both_doors
+def test_vmap_over_a_sharded_axis(case):
+    mesh = mesh_of(4, names=("data",), kind=AxisType.Explicit)
+    args = tuple(
+        jnp.stack([x] * 4) * jnp.arange(1, 5, dtype=x.dtype).reshape(4, 1, 1, 1, 1)
+        for x in operands(case)
+    )
+    right = jax.vmap(exact)(*args)
+    with jax.set_mesh(mesh):
+        sharded = placed(args, mesh, P("data"), P("data"))
+        values = jax.jit(jax.vmap(attend))(*sharded)
+    assert_close(jax.tree.map(np.asarray, values), right, case["dtype"])

@@ -1,0 +1,448 @@
+"""jit, grad, vmap, scan and checkpoint compose in any order, with values of the dense oracle.
+
+`CASES` runs everything through both doors: float32 takes the xla function, bfloat16 of head dim 64
+takes the primitives (their default lowering here, the kernel's lowering as text).
+"""
+
+import functools
+import itertools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, integers, normal, oracle, qkv
+
+import jax_fa3
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+attend = functools.partial(jax_fa3.dot_product_attention, return_residual=True)
+
+CASES = {
+    "xla": {"dtype": jnp.float32, "h": 8},
+    "primitive": {"dtype": jnp.bfloat16, "h": 64},
+}
+both_doors = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+SUBSETS = [s for r in (1, 2, 3) for s in itertools.combinations(range(3), r)]
+SIZE = 3  # of a mapped axis
+
+
+def operands(case, mapped, axes):
+    """query, key, value where the `mapped` ones carry an axis of SIZE at axes[i]."""
+    args = []
+    for i, x in enumerate(qkv(batch=(2,), t=4, s=5, n=4, k=2, **case)):
+        args.append(normal(_with_axis(x.shape, axes[i]), x.dtype) if i in mapped else x)
+    in_axes = tuple(axes[i] if i in mapped else None for i in range(3))
+    return tuple(args), in_axes
+
+
+def _with_axis(shape, axis):
+    shape = list(shape)
+    shape.insert(axis % (len(shape) + 1), SIZE)
+    return tuple(shape)
+
+
+def loop(f, args, in_axes):
+    """vmap written as a Python loop."""
+    rows = [
+        f(*(x if a is None else jnp.take(x, i, a) for x, a in zip(args, in_axes)))
+        for i in range(SIZE)
+    ]
+    return jax.tree.map(lambda *r: jnp.stack(r), *rows)
+
+
+def exact(*args, **options):
+    """The oracle in float32 on the rounded inputs, gradients back in the inputs' dtype."""
+    return oracle(*(x.astype(jnp.float32) for x in args), **options)
+
+
+def total(attention, **options):
+    """A scalar that depends on every entry of out and lse with different weights."""
+
+    def loss(*args):
+        out, lse = attention(*args, **options)
+        weigh = lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+        return (out.astype(jnp.float32) * weigh(out)).sum() + (lse * weigh(lse)).sum()
+
+    return loss
+
+
+# --- vmap: every subset of query, key and value, axes anywhere --------------------------------
+
+
+@both_doors
+@pytest.mark.parametrize("mapped", SUBSETS, ids=lambda m: "".join("qkv"[i] for i in m))
+def test_vmap_of_value_and_gradient_over_any_subset(case, mapped):
+    """vmap(value_and_grad): each gradient has its own row, also those of unmapped operands."""
+    axes = helpers.fresh_rng().integers(-5, 5, 3).tolist()
+    args, in_axes = operands(case, mapped, axes)
+
+    def f(attention):
+        loss = jax.value_and_grad(total(attention, is_causal=True), (0, 1, 2))
+        return lambda *args: (attention(*args, is_causal=True), loss(*args))
+
+    got = jax.jit(jax.vmap(f(attend), in_axes))(*args)
+    wanted = jax.jit(lambda *args: loop(f(exact), args, in_axes))(*args)
+    assert_close(got[0], wanted[0], case["dtype"])
+    assert_close(got[1], wanted[1], case["dtype"], scale=4)
+
+
+@both_doors
+@pytest.mark.parametrize("mapped", SUBSETS, ids=lambda m: "".join("qkv"[i] for i in m))
+def test_grad_of_vmap_sums_over_the_mapped_axis_for_unmapped_operands(case, mapped):
+    args, in_axes = operands(case, mapped, (0, 1, 2))
+
+    def loss(attention, apply):
+        f = lambda *args: attention(*args)
+        out = lambda *args: apply(f, args)
+        return jax.grad(total(out), (0, 1, 2))
+
+    got = jax.jit(loss(attend, lambda f, a: jax.vmap(f, in_axes)(*a)))(*args)
+    wanted = jax.jit(loss(exact, lambda f, a: loop(f, a, in_axes)))(*args)
+    assert_close(got, wanted, case["dtype"], scale=6)
+
+
+@both_doors
+@pytest.mark.parametrize("out_axes", [(1, 2), (-1, -1), (0, 1)])
+def test_out_axes(case, out_axes):
+    args, in_axes = operands(case, (0, 1, 2), (0, 0, 0))
+    got = jax.jit(jax.vmap(attend, in_axes, out_axes))(*args)
+    wanted = loop(exact, args, in_axes)
+    moved = tuple(jnp.moveaxis(x, 0, a) for x, a in zip(wanted, out_axes))
+    assert_close(got, moved, case["dtype"])
+
+
+@both_doors
+def test_nested_vmap_with_different_operands_at_each_level(case):
+    """Outer over query and value, inner over key: a result for every pair."""
+    q, k, v = qkv(batch=(2,), t=4, s=5, **case)
+    outer_q, outer_v = (normal((2, *x.shape), x.dtype) for x in (q, v))
+    inner_k = normal((SIZE, *k.shape), k.dtype)
+    pair = jax.vmap(jax.vmap(attend, (None, 0, None)), (0, None, 0))
+    got = jax.jit(pair)(outer_q, inner_k, outer_v)
+    for i, j in itertools.product(range(2), range(SIZE)):
+        wanted = exact(outer_q[i], inner_k[j], outer_v[i])
+        assert_close(jax.tree.map(lambda x: x[i, j], got), wanted, case["dtype"])
+
+
+@both_doors
+def test_three_vmaps_of_rank_3_inputs(case):
+    args = qkv(batch=(2, 3, 2), t=3, s=4, **case)
+    f = attend
+    for _ in range(3):
+        f = jax.vmap(f)
+    assert_close(jax.jit(f)(*args), exact(*args), case["dtype"])
+
+
+@both_doors
+def test_vmap_of_zero_rows(case):
+    args = qkv(batch=(0, 2), t=3, s=4, **case)
+    out, lse = jax.jit(jax.vmap(attend))(*args)
+    assert out.shape[:2] == (0, 2)
+    grads = jax.jit(jax.vmap(jax.grad(total(attend), (0, 1, 2))))(*args)
+    assert [g.shape for g in grads] == [x.shape for x in args]
+
+
+def test_vmap_where_nothing_is_mapped_but_another_argument():
+    q, k, v = qkv(h=64, dtype=jnp.bfloat16)
+    got = jax.jit(jax.vmap(lambda i: (attend(q, k, v), i)))(jnp.arange(SIZE))[0]
+    wanted = jax.tree.map(lambda x: jnp.stack([x] * SIZE), attend(q, k, v))
+    assert_close(got, wanted)
+
+
+def test_vmap_with_a_named_axis():
+    q, k, v = (normal((SIZE, *x.shape), x.dtype) for x in qkv(h=64, dtype=jnp.bfloat16))
+    f = lambda q, k, v: jax.lax.pmean(attend(q, k, v)[1], "ensemble")
+    got = jax.jit(jax.vmap(f, axis_name="ensemble"))(q, k, v)
+    wanted = exact(q, k, v)[1].mean(0)
+    assert_close(got, jnp.stack([wanted] * SIZE), jnp.bfloat16)
+
+
+# --- vmap: every optional array alone ----------------------------------------------------------
+
+B, T, S, N, K = 2, 4, 5, 4, 2
+OPTIONAL = {
+    "bias": lambda lead: normal((*lead, N, T, S)),
+    "mask": lambda lead: normal((*lead, B, 1, T, S)) > -1,
+    "scale": lambda lead: normal(lead),
+    "query_offset": lambda lead: integers(-2, 3, lead),
+    "query_seq_lengths": lambda lead: integers(0, T, (*lead, B)),
+    "key_value_seq_lengths": lambda lead: integers(0, S, (*lead, B)),
+    "query_segment_ids": lambda lead: integers(0, 1, (*lead, B, T)),
+    "key_value_segment_ids": lambda lead: integers(0, 1, (*lead, B, S)),
+    "sinks": lambda lead: normal((*lead, N)),
+}
+FLOATS = ("bias", "scale", "sinks")
+
+
+@both_doors
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_vmap_over_one_optional_array_alone(case, name):
+    """The array carries the axis, the operands do not; values, and gradients where there are any."""
+    q, k, v = qkv(batch=(B,), t=T, s=S, n=N, k=K, **case)
+    x = OPTIONAL[name]((SIZE,))
+    fixed = {"is_causal": True}
+    if name.endswith("segment_ids"):
+        ids = {"query_segment_ids": integers(0, 1, (B, T))}
+        ids["key_value_segment_ids"] = integers(0, 1, (B, S))
+        fixed = {n: i for n, i in ids.items() if n != name}
+
+    def f(attention):
+        loss = lambda x, q: total(attention, **fixed, **{name: x})(q, k, v)
+        argnums = (0, 1) if name in FLOATS else 1
+        return lambda x: (attention(q, k, v, **fixed, **{name: x}), jax.grad(loss, argnums)(x, q))
+
+    got = jax.jit(jax.vmap(f(attend)))(x)
+    wanted = jax.jit(lambda x: loop(f(exact), (x,), (0,)))(x)
+    assert_close(got[0], wanted[0], case["dtype"])
+    assert_close(got[1], wanted[1], case["dtype"], scale=8)
+
+
+def test_vmap_over_everything_at_once_on_different_axes():
+    names = [n for n in OPTIONAL if n != "query_offset"]
+    arrays = {n: OPTIONAL[n]((SIZE,)) for n in names}
+    axes = {n: int(helpers.fresh_rng().integers(0, x.ndim)) for n, x in arrays.items()}
+    moved = {n: jnp.moveaxis(x, 0, axes[n]) for n, x in arrays.items()}
+    args = tuple(normal((SIZE, *x.shape)) for x in qkv(batch=(B,), t=T, s=S, n=N, k=K))
+    f = lambda attention: lambda a, r: attention(*a, **r, is_causal=True, logits_soft_cap=3.0)
+    got = jax.jit(jax.vmap(f(attend), (0, axes)))(args, moved)
+    rows = [
+        f(exact)(tuple(x[i] for x in args), {n: x[i] for n, x in arrays.items()})
+        for i in range(SIZE)
+    ]
+    assert_close(got, jax.tree.map(lambda *r: jnp.stack(r), *rows))
+
+
+def test_vmap_over_descales():
+    q, k, v = (x.astype(jnp.float8_e4m3fn) for x in qkv(batch=(B,), t=T, s=S, n=N, k=K, h=16))
+    descale = jnp.exp2(integers(-1, 2, (SIZE, B, K)).astype(jnp.float32))
+    f = lambda d: attend(q, k, v, key_descale=d, value_descale=d)
+    got = jax.jit(jax.vmap(f))(descale)
+    wanted = jax.tree.map(lambda *r: jnp.stack(r), *(f(d) for d in descale))
+    assert_close(got, wanted)
+
+
+# --- jacrev, jit, scan, checkpoint, linearize --------------------------------------------------
+
+
+@both_doors
+def test_jacrev(case):
+    q, k, v = qkv(batch=(), t=2, s=3, n=2, k=1, **case)
+    jacobian = lambda attention: jax.jit(jax.jacrev(lambda *a: attention(*a)[1], (0, 1)))
+    got, wanted = jacobian(attend)(q, k, v), jacobian(exact)(q, k, v)
+    assert_close(got, wanted, case["dtype"], scale=2)
+
+
+@both_doors
+def test_scan_over_layers_with_gradient(case):
+    q, k, v = qkv(batch=(2,), t=4, s=4, n=4, k=4, **case)
+    weights = normal((3,), jnp.float32)
+
+    def loss(attention):
+        def layer(x, w):
+            out, _ = attention(x, k, v, is_causal=True)
+            return (x + w.astype(x.dtype) * out.astype(x.dtype)), None
+
+        f = lambda q, w: jax.lax.scan(layer, q, w)[0].astype(jnp.float32).sum()
+        return jax.jit(jax.value_and_grad(f, (0, 1)))
+
+    got, wanted = loss(attend)(q, weights), loss(exact)(q, weights)
+    assert_close(got, wanted, case["dtype"], scale=16)
+
+
+POLICIES = {
+    "none": None,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "by name": jax.checkpoint_policies.save_only_these_names("jax_fa3_out", "jax_fa3_lse"),
+    "ours": jax_fa3.remat_policy(),
+}
+
+
+@both_doors
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_checkpoint_changes_no_gradient(case, policy):
+    args = qkv(batch=(2,), t=4, s=5, **case)
+    loss = total(attend, is_causal=True)
+    remat = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), (0, 1, 2)))(*args)
+    assert_close(remat, jax.jit(jax.grad(loss, (0, 1, 2)))(*args), case["dtype"])
+
+
+@both_doors
+def test_the_policy_saves_out_and_lse_and_recomputes_the_rest(case):
+    """Residuals of a checkpointed layer: its inputs, out and lse, and nothing of size T x S."""
+    q, k, v = qkv(batch=(2,), t=16, s=24, **case)
+    layer = lambda q, k, v: jnp.sin(attend(jnp.sin(q), jnp.cos(k), v)[0])
+    saved = lambda policy: sorted(
+        (tuple(x.shape), str(x.dtype))
+        for x in jax.tree.leaves(
+            jax.eval_shape(lambda *a: jax.vjp(jax.checkpoint(layer, policy=policy), *a)[1], q, k, v)
+        )
+    )
+    out, lse = jax.eval_shape(attend, q, k, v)
+    inputs = [(x.shape, str(x.dtype)) for x in (q, k, v)]
+    nothing = saved(jax.checkpoint_policies.nothing_saveable)
+    ours = saved(jax_fa3.remat_policy())
+    assert set(nothing) <= set(inputs)
+    extra = list(ours)
+    for x in inputs:
+        if x in extra:
+            extra.remove(x)
+    # lse may be kept in the kernel's own layout, [B, N, T].
+    lse_forms = {(lse.shape, "float32"), ((2, 4, 16), "float32")}
+    assert len(extra) == 2
+    assert (out.shape, str(out.dtype)) in extra
+    assert lse_forms & set(extra)
+
+
+@both_doors
+def test_linear_transpose_of_the_vjp_runs_twice(case):
+    """A pullback may be called again, with another cotangent."""
+    args = qkv(**case)
+    (out, lse), pullback = jax.vjp(attend, *args)
+    one = pullback((jnp.ones_like(out), jnp.zeros_like(lse)))
+    two = pullback((2 * jnp.ones_like(out), jnp.zeros_like(lse)))
+    assert_close(two, jax.tree.map(lambda x: 2 * x, one), case["dtype"])
+
+
+@both_doors
+def test_gradient_with_respect_to_some_operands_only(case):
+    args = qkv(**case)
+    whole = jax.jit(jax.grad(total(attend), (0, 1, 2)))(*args)
+    for i in range(3):
+        assert_close(jax.jit(jax.grad(total(attend), i))(*args), whole[i], case["dtype"])
+
+
+@both_doors
+def test_stop_gradient_on_an_output(case):
+    args = qkv(**case)
+    out_only = jax.jit(jax.grad(lambda *a: attend(*a)[0].astype(jnp.float32).sum(), (0, 1, 2)))
+    stopped = jax.jit(
+        jax.grad(
+            lambda *a: sum(
+                f(x.astype(jnp.float32)).sum()
+                for f, x in zip((lambda x: x, jax.lax.stop_gradient), attend(*a))
+            ),
+            (0, 1, 2),
+        )
+    )
+    assert_close(stopped(*args), out_only(*args), case["dtype"])
+
+
+@both_doors
+def test_eager_and_jitted_calls_agree(case):
+    args = qkv(**case)
+    assert_close(
+        attend(*args, is_causal=True), jax.jit(functools.partial(attend, is_causal=True))(*args)
+    )
+
+
+@both_doors
+def test_inside_cond_and_while_loop(case):
+    args = qkv(**case)
+
+    @jax.jit
+    def f(n, *args):
+        step = lambda i, c: jax.lax.cond(
+            i % 2 == 0, lambda: c + attend(*args)[1], lambda: c + attend(*args, is_causal=True)[1]
+        )
+        return jax.lax.fori_loop(0, n, step, jnp.zeros((2, 5, 4), jnp.float32))
+
+    wanted = 2 * exact(*args)[1] + exact(*args, is_causal=True)[1]
+    assert_close(f(3, *args), wanted, case["dtype"], scale=3)
+
+
+def test_one_trace_serves_every_call_of_a_shape():
+    args = qkv(h=64, dtype=jnp.bfloat16)
+    traces = []
+
+    @jax.jit
+    def f(*args):
+        traces.append(1)
+        return attend(*args)
+
+    for _ in range(3):
+        f(*args)
+    assert len(traces) == 1
+
+
+# --- vmap in the CUDA lowering -----------------------------------------------------------------
+
+
+def kernel_operands(f, *args):
+    """Operand types of the one kernel call in f's CUDA lowering."""
+    text = helpers.cuda_text(f, *args)
+    assert helpers.kernel_calls(text) == 1
+    return helpers.signature(helpers.kernel_lines(text)[0])[0]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_any_number_of_vmaps_is_one_kernel_call(depth):
+    lead = (2, 3, 5)[:depth]
+    args = qkv(batch=(*lead, 2), t=4, s=5, n=4, k=2, h=64, dtype=jnp.bfloat16)
+    f = attend
+    for _ in lead:
+        f = jax.vmap(f)
+    shape = "x".join(map(str, (*lead, 2, 4, 4, 64)))
+    assert kernel_operands(f, *args)[0] == f"{shape}xbf16"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("mapped", SUBSETS, ids=lambda m: "".join("qkv"[i] for i in m))
+def test_an_axis_over_some_operands_copies_no_other(mapped):
+    """What is not mapped enters the kernel with a batch of 1 and is not broadcast on the way."""
+    args, in_axes = operands(CASES["primitive"], mapped, (0, 0, 0))
+    text = helpers.cuda_text(jax.vmap(attend, in_axes), *args)
+    assert helpers.kernel_calls(text) == 1
+    found = helpers.signature(helpers.kernel_lines(text)[0])[0]
+    for i, (x, length, heads) in enumerate(zip(found, (4, 5, 5), (4, 2, 2))):
+        lead = SIZE if i in mapped else 1
+        assert x == f"{lead}x2x{length}x{heads}x64xbf16"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_nested_vmaps_over_different_operands_copy_nothing():
+    q, k, v = qkv(batch=(2,), t=4, s=5, n=4, k=2, h=64, dtype=jnp.bfloat16)
+    outer = normal((7, *q.shape), q.dtype)
+    inner_k, inner_v = (normal((3, *x.shape), x.dtype) for x in (k, v))
+    f = jax.vmap(jax.vmap(attend, (None, 0, 0)), (0, None, None))
+    assert kernel_operands(f, outer, inner_k, inner_v) == [
+        "7x1x2x4x4x64xbf16",
+        "1x3x2x5x2x64xbf16",
+        "1x3x2x5x2x64xbf16",
+    ]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_mapped_offset_alone_maps_the_call_and_copies_no_operand():
+    q, k, v = qkv(batch=(2,), t=4, s=5, n=4, k=2, h=64, dtype=jnp.bfloat16)
+    f = lambda offset: attend(q, k, v, is_causal=True, query_offset=offset)
+    assert kernel_operands(jax.vmap(f), jnp.arange(3)) == [
+        "1x2x4x4x64xbf16",
+        "1x2x5x2x64xbf16",
+        "1x2x5x2x64xbf16",
+        "3x2xi32",
+    ]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_vmap_of_grad_runs_one_forward_kernel():
+    args = tuple(normal((3, *x.shape), x.dtype) for x in qkv(h=64, dtype=jnp.bfloat16))
+    text = helpers.cuda_text(jax.vmap(jax.value_and_grad(total(attend), (0, 1, 2))), *args)
+    assert helpers.kernel_calls(text) == 1
+
+
+def test_the_oracle_itself_agrees_with_numpy():
+    """One case by hand, so that the yardstick of these files is measured too."""
+    q, k, v = (np.asarray(x, np.float64) for x in qkv(batch=(), t=3, s=4, n=2, k=1, h=4))
+    out, lse = oracle(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), is_causal=True, scale=0.5)
+    for t, n in itertools.product(range(3), range(2)):
+        scores = [0.5 * q[t, n] @ k[s, 0] for s in range(t + 1)]
+        weights = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(out[t, n], weights @ v[: t + 1, 0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lse[t, n], np.log(np.exp(scores).sum()), rtol=1e-5, atol=1e-6)
