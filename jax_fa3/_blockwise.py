@@ -25,9 +25,11 @@ from jax import Array, lax
 
 from jax_fa3._spec import AttentionSpec, Operands
 
-# Largest tile, in queries (of one head) and in keys.
-_MAX_BLOCK_Q = 256
-_MAX_BLOCK_K = 512
+# A tile of scores, over all heads and batch rows, has about this many elements: on a CPU it should
+# stay in the caches (2 MiB of float32; measured on 2 Zen 3 cores, 10 % slower at four times that),
+# on a GPU it should fill the device, since every tile costs some ten kernel launches.
+_TILE_ELEMENTS = {"cpu": 2**19, "other": 2**24}
+_BLOCK_SIZES = {"cpu": (256, 512), "other": (256, 1024)}  # smallest and largest, queries or keys
 
 # The probabilities of a float8 call are quantised as P * 2^8: e4m3 ends at 448, so that uses its
 # range and keeps small probabilities out of its subnormals.
@@ -79,22 +81,18 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     def step(edge, carry, pair):
         acc, row_max, row_sum = carry
         i, j = pair
-        scores, keep, _ = tiles.scores(edge, i, j, qs[i], ks[j])
+        scores, keep, _ = tiles.scores(edge, i, j, _get(qs, i), _get(ks, j))
         if keep is not None:
             scores = jnp.where(keep, scores, -jnp.inf)
-        old_max = row_max[i]
+        old_max = _get(row_max, i)
         new_max = jnp.maximum(old_max, scores.max(-1))
         # Rows with nothing visible yet: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN.
         safe_max = jnp.where(jnp.isneginf(new_max), 0, new_max)
         probs = jnp.exp(scores - safe_max[..., None])
         rescale = jnp.exp(old_max - safe_max)
-        new_sum = row_sum[i] * rescale + probs.sum(-1)
-        new_acc = acc[i] * rescale[..., None] + tiles.probs_times_values(probs, vs[j])
-        return (
-            acc.at[i].set(new_acc),
-            row_max.at[i].set(new_max),
-            row_sum.at[i].set(new_sum),
-        ), None
+        new_sum = _get(row_sum, i) * rescale + probs.sum(-1)
+        new_acc = _get(acc, i) * rescale[..., None] + tiles.probs_times_values(probs, _get(vs, j))
+        return (_put(acc, i, new_acc), _put(row_max, i, new_max), _put(row_sum, i, new_sum)), None
 
     acc, row_max, row_sum = tiles.walk(step, (acc, row_max, row_sum))
 
@@ -156,10 +154,11 @@ def backward(
     def step(edge, carry, pair):
         dqs, dkts, dvts, dbias = carry
         i, j = pair
-        scores, keep, slope = tiles.scores(edge, i, j, qs[i], ks[j])
-        probs = jnp.exp(scores - lses[i][..., None])
-        dprobs = tiles.matmul(douts[i], vs[j], "...kgqd,...ksd->...kgqs")
-        dscores = probs * (dprobs - deltas[i][..., None])
+        q, k, v, dout = _get(qs, i), _get(ks, j), _get(vs, j), _get(douts, i)
+        scores, keep, slope = tiles.scores(edge, i, j, q, k)
+        probs = jnp.exp(scores - _get(lses, i)[..., None])
+        dprobs = tiles.matmul(dout, v, "...kgqd,...ksd->...kgqs")
+        dscores = probs * (dprobs - _get(deltas, i)[..., None])
         if slope is not None:
             dscores = dscores * slope
         if keep is not None:
@@ -168,10 +167,10 @@ def backward(
         if with_bias_gradient:
             dbias = tiles.add_bias_gradient(dbias, i, j, dscores)
         probs, dscores = probs.astype(dout.dtype), dscores.astype(q.dtype)
-        dqs = dqs.at[i].add(tiles.matmul(dscores, ks[j], "...kgqs,...ksh->...kgqh"))
-        dkts = dkts.at[j].add(tiles.matmul(qts[i], dscores, "...khgq,...kgqs->...khs"))
-        dvts = dvts.at[j].add(tiles.matmul(doutts[i], probs, "...kdgq,...kgqs->...kds"))
-        return (dqs, dkts, dvts, dbias), None
+        dq = tiles.matmul(dscores, k, "...kgqs,...ksh->...kgqh")
+        dkt = tiles.matmul(_get(qts, i), dscores, "...khgq,...kgqs->...khs")
+        dvt = tiles.matmul(_get(doutts, i), probs, "...kdgq,...kgqs->...kds")
+        return (_add(dqs, i, dq), _add(dkts, j, dkt), _add(dvts, j, dvt), dbias), None
 
     carry = (
         jnp.zeros(qs.shape, dtype),
@@ -223,13 +222,11 @@ class _Tiles:
         *self.batch, self.seqlen_q, self.heads_q, _ = query.shape
         self.seqlen_k, self.heads_k = key.shape[-3:-1]
         self.group = self.heads_q // self.heads_k if self.heads_k else 0
-        self.compute_dtype = (
-            jnp.promote_types(jnp.float32, query.dtype)
-            if not _is_float8(query.dtype)
-            else jnp.dtype(jnp.float32)
-        )
-        self.num_q, self.block_q = _cut(self.seqlen_q, _MAX_BLOCK_Q)
-        self.num_k, self.block_k = _cut(self.seqlen_k, _MAX_BLOCK_K)
+        # Not jnp.promote_types, which strict dtype promotion would stop.
+        self.compute_dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+        block_q, block_k = _block_sizes(math.prod(self.batch) * self.heads_q)
+        self.num_q, self.block_q = _cut(self.seqlen_q, block_q)
+        self.num_k, self.block_k = _cut(self.seqlen_k, block_k)
         # Positions replace the distance of indices by one that only the running program knows.
         self.has_positions = (
             operands.query_positions is not None or operands.key_positions is not None
@@ -271,12 +268,12 @@ class _Tiles:
     def valid_queries(self):
         """bool [*batch, T], or None when every query counts."""
         lengths = self.operands.query_seq_lengths
-        return None if lengths is None else jnp.arange(self.seqlen_q) < lengths[..., None]
+        return None if lengths is None else _arange(self.seqlen_q) < lengths[..., None]
 
     def valid_keys(self):
         """bool [*batch, S], or None when every key counts."""
         lengths = self.operands.key_value_seq_lengths
-        return None if lengths is None else jnp.arange(self.seqlen_k) < lengths[..., None]
+        return None if lengths is None else _arange(self.seqlen_k) < lengths[..., None]
 
     def per_head(self, x):
         """[N, ...] -> [K, G, ...]."""
@@ -318,33 +315,33 @@ class _Tiles:
         Tiles cut by the band's edge, or holding padding keys, come last and with edge=True: only
         they pay for that mask.
         """
-        pairs = self._visible_pairs()
-        for edge in (False, True):
-            chosen = np.array([(i, j) for i, j, e in pairs if e == edge], np.int32).reshape(-1, 2)
-            if len(chosen):
+        visible, cut = self._visible_tiles()
+        # Inside jax.shard_map a scan wants its carry to vary over the mesh as its results will.
+        axes = tuple(sorted(jax.typeof(self.operands.query).manual_axis_type.varying, key=str))
+        if axes:
+            carry = jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), carry)
+        for edge, chosen in ((False, visible & ~cut), (True, cut)):
+            pairs = np.argwhere(chosen).astype(np.int32)
+            if len(pairs):
                 # Checkpointed, so that differentiating the walk again keeps memory linear.
                 body = jax.checkpoint(functools.partial(step, edge), prevent_cse=False)
-                carry, _ = lax.scan(body, carry, (chosen[:, 0], chosen[:, 1]))
+                carry, _ = lax.scan(body, carry, (pairs[:, 0], pairs[:, 1]))
         return carry
 
-    def _visible_pairs(self) -> list[tuple[int, int, bool]]:
+    def _visible_tiles(self):
+        """Bool arrays [num_q, num_k]: which tiles are visible, and which an edge cuts."""
         low, high = -math.inf, math.inf
         if not self.has_positions and self.band.is_static:
             low = low if self.band.low is None else self.band.low
             high = high if self.band.high is None else self.band.high
-        pairs = []
-        for i in range(self.num_q):
-            first_q = i * self.block_q
-            last_q = min(first_q + self.block_q, self.seqlen_q) - 1
-            for j in range(self.num_k):
-                first_k, end_k = j * self.block_k, (j + 1) * self.block_k
-                nearest = first_k - last_q
-                farthest = min(end_k, self.seqlen_k) - 1 - first_q
-                if nearest > high or farthest < low:
-                    continue
-                edge = nearest < low or farthest > high or end_k > self.seqlen_k
-                pairs.append((i, j, edge))
-        return pairs
+        first_q = np.arange(self.num_q)[:, None] * self.block_q
+        first_k = np.arange(self.num_k)[None, :] * self.block_k
+        last_q = np.minimum(first_q + self.block_q, self.seqlen_q) - 1
+        last_k = np.minimum(first_k + self.block_k, self.seqlen_k) - 1
+        nearest, farthest = first_k - last_q, last_k - first_q  # distances, key minus query
+        visible = (nearest <= high) & (farthest >= low)
+        padded = first_k + self.block_k > self.seqlen_k
+        return visible, visible & ((nearest < low) | (farthest > high) | padded)
 
     # One tile.
 
@@ -378,8 +375,8 @@ class _Tiles:
 
     def _keep(self, edge, i, j):
         o = self.operands
-        t = i * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)
-        s = j * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
+        t = i * self.block_q + _arange(self.block_q)
+        s = j * self.block_k + _arange(self.block_k)
         keep = []
 
         def over_heads(x):  # [*batch, block_q, block_k] -> [*batch, 1, 1, block_q, block_k]
@@ -390,7 +387,8 @@ class _Tiles:
         if o.key_value_seq_lengths is not None:
             keep.append(over_heads((s < o.key_value_seq_lengths[..., None])[..., None, :]))
         if self.has_positions:
-            distance = self.positions_k[j][..., None, :] - self.positions_q[i][..., :, None]
+            place_q, place_k = _get(self.positions_q, i), _get(self.positions_k, j)
+            distance = place_k[..., None, :] - place_q[..., :, None]
             keep += [over_heads(x) for x in _inside(self.band, distance)]
         elif self.band.is_static:
             if edge:
@@ -398,8 +396,8 @@ class _Tiles:
         else:
             keep += [over_heads(x) for x in _inside(self.band, s[None, :] - t[:, None])]
         if self.segments_q is not None:
-            same = self.segments_q[i][..., :, None] == self.segments_k[j][..., None, :]
-            keep.append(over_heads(same))
+            ids_q, ids_k = _get(self.segments_q, i), _get(self.segments_k, j)
+            keep.append(over_heads(ids_q[..., :, None] == ids_k[..., None, :]))
         if self.mask is not None:
             keep.append(self._tile_of(self.mask, i, j))
         return functools.reduce(jnp.logical_and, keep) if keep else None
@@ -493,10 +491,10 @@ def _positions(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     positions_q, positions_k = operands.query_positions, operands.key_positions
     if positions_q is None:
         offset = jnp.asarray(_offset(spec, operands), jnp.int32)[..., None]
-        positions_q = jnp.arange(operands.query.shape[-3], dtype=jnp.int32) + offset
+        positions_q = _arange(operands.query.shape[-3]) + offset
         positions_q = jnp.broadcast_to(positions_q, operands.query.shape[:-2])
     if positions_k is None:
-        positions_k = jnp.arange(operands.key.shape[-3], dtype=jnp.int32)
+        positions_k = _arange(operands.key.shape[-3])
         positions_k = jnp.broadcast_to(positions_k, operands.key.shape[:-2])
     return positions_q, positions_k
 
@@ -513,6 +511,22 @@ def _inside(band: _Band, distance: Array) -> list[Array]:
     if band.high is not None:
         keep.append(distance <= bound(band.high))
     return keep
+
+
+def _block_sizes(heads: int) -> tuple[int, int]:
+    """Largest number of queries and of keys in a tile that `heads` heads (times batch) share.
+
+    The backend here only tunes speed: a program that is lowered for another one stays right.
+    """
+    backend = "cpu" if jax.default_backend() == "cpu" else "other"
+    smallest, largest = _BLOCK_SIZES[backend]
+    doublings = max(1, _TILE_ELEMENTS[backend] // max(1, heads)).bit_length() - 1
+    block_q, block_k = 2 ** (doublings // 2), 2 ** (doublings - doublings // 2)
+    return min(max(block_q, smallest), largest), min(max(block_k, smallest), largest)
+
+
+def _arange(length: int) -> Array:
+    return jnp.arange(length, dtype=jnp.int32)  # as lengths and offsets, also under jax_enable_x64
 
 
 def _cut(length: int, largest: int) -> tuple[int, int]:
@@ -540,6 +554,18 @@ def _join(x: Array, axis: int, length: int) -> Array:
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
     return lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _get(x: Array, i: Array) -> Array:
+    return lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _put(x: Array, i: Array, tile: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(x, tile, i, 0)
+
+
+def _add(x: Array, i: Array, tile: Array) -> Array:
+    return _put(x, i, _get(x, i) + tile)
 
 
 def _is_float8(dtype) -> bool:

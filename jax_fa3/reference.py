@@ -23,9 +23,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
       (float64 for float64 inputs). Matmuls are float32 whatever the inputs are.
     """
     o = operands
-    dtype = jnp.promote_types(
-        jnp.float32, jnp.float64 if o.query.dtype == jnp.float64 else jnp.float32
-    )
+    dtype = jnp.float64 if o.query.dtype == jnp.float64 else jnp.float32
     query, key, value = (
         _dequantised(x, descale, dtype)
         for x, descale in (
@@ -94,8 +92,12 @@ def visible(spec: AttentionSpec, operands: Operands) -> Array:
         see &= o.mask
 
     # Distances are compared with the offset rather than added to it, so that no sum leaves int32.
-    query_place = jnp.arange(seqlen_q) if o.query_positions is None else o.query_positions
-    key_place = jnp.arange(seqlen_k) if o.key_positions is None else o.key_positions
+    query_place = (
+        jnp.arange(seqlen_q, dtype=jnp.int32) if o.query_positions is None else o.query_positions
+    )
+    key_place = (
+        jnp.arange(seqlen_k, dtype=jnp.int32) if o.key_positions is None else o.key_positions
+    )
     distance = (key_place[..., None, :] - query_place[..., :, None])[..., None, :, :]
     if o.query_positions is not None:
         offset = 0
@@ -104,7 +106,7 @@ def visible(spec: AttentionSpec, operands: Operands) -> Array:
     elif spec.causal_alignment == "bottom_right":
         last_query = seqlen_q if o.query_seq_lengths is None else o.query_seq_lengths
         last_key = seqlen_k if o.key_value_seq_lengths is None else o.key_value_seq_lengths
-        offset = jnp.asarray(last_key - last_query)[..., None, None, None]
+        offset = jnp.asarray(last_key - last_query, jnp.int32)[..., None, None, None]
     else:
         offset = 0
     left, right = spec.window
@@ -119,7 +121,7 @@ def visible(spec: AttentionSpec, operands: Operands) -> Array:
 
 def _exists(lengths: Array | None, seqlen: int) -> Array:
     """bool [*batch, seqlen], or [seqlen] without lengths."""
-    indices = jnp.arange(seqlen)
+    indices = jnp.arange(seqlen, dtype=jnp.int32)
     return jnp.ones((seqlen,), bool) if lengths is None else indices < lengths[..., None]
 
 
