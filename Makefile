@@ -32,7 +32,7 @@ else
 PY := $(VENV)/bin/python
 needs = $(VENV)/.package-$(FLAVOUR) $(VENV)/.$(1)
 endif
-INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+INSTALL = $(PY) -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
