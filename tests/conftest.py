@@ -1,8 +1,8 @@
-"""What every test shares: eight CPU devices, strict promotion, fresh data, the `gpu` and `extension` marks."""
+"""What every test shares: eight CPU devices, strict promotion, fresh data, marks."""
 
 import os
 
-# Read when the CPU client is built, which the first use of a device does: set before jax is imported.
+# Read when the CPU client is built, at the first use of a device.
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()

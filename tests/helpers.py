@@ -3,6 +3,7 @@
 The oracle restates the public contract in dense jnp and shares no code with the package, not even
 with `jax_fa3.reference`, which it checks.
 """
+# ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 from __future__ import annotations
 
@@ -224,7 +225,7 @@ def oracle(
     query_seq_lengths=None,
     **rules,
 ):
-    """(out [*batch, T, N, D], lse [*batch, T, N]), dense, in float32 (float64 for float64 inputs)."""
+    """out [*batch, T, N, D] and lse [*batch, T, N], dense, in float32 (float64 for float64)."""
     dtype = wide(query.dtype)
     *batch, t, n, h = query.shape
     batch, (s, k) = tuple(batch), key.shape[-3:-1]
@@ -268,7 +269,7 @@ def plain(query, key, value, see=None, *, scale=None):
     Logits and softmax in float32, probabilities and output in the inputs' dtype: the arithmetic
     of `jax.nn.dot_product_attention(implementation="xla")`. Returns (out, lse float32).
     """
-    *_, t, n, h = query.shape
+    n, h = query.shape[-2:]
     key, value = (jnp.repeat(x, n // x.shape[-2], axis=-2) for x in (key, value))
     scale = 1 / np.sqrt(h) if scale is None else scale
     x = jnp.einsum("...tnh,...snh->...nts", query, key, preferred_element_type=jnp.float32)
@@ -338,7 +339,7 @@ def _no_nan(x: np.ndarray, where: str = "") -> None:
 
 
 def assert_close(actual, expected, dtype=None, scale: float = 1.0):
-    """Equal up to TOLERANCE of `dtype` (default: the coarser of the two); infinities equal, no NaN."""
+    """Equal up to TOLERANCE of `dtype` (default: the coarser one); infinities equal, no NaN."""
 
     def one(actual, expected):
         actual, expected = jnp.asarray(actual), jnp.asarray(expected)
@@ -358,7 +359,7 @@ def assert_same_bits(actual, expected, message=""):
 
     def one(path, actual, expected):
         a, b = np.asarray(actual), np.asarray(expected)
-        assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, a.dtype, b.shape, b.dtype)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
         unsigned = np.dtype(f"u{a.dtype.itemsize}")
         differ = np.ascontiguousarray(a).view(unsigned) != np.ascontiguousarray(b).view(unsigned)
         if differ.any():

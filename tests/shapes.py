@@ -64,7 +64,7 @@ SHAPES = {
     "fa3_hdim256": Shape(2, 8192, 8192, 8, 8, 256, "Shah et al. 2024, figure 5"),
 }
 
-# What the kernels take: one row of the table above for each head dim and head ratio they must get right.
+# One row of the table for each head dim and head ratio that the kernels must get right.
 KERNEL_SHAPES = ("gpt2", "llama3_8b", "gemma_2b")
 
 # Query and key tiles of the kernels and of the designs near them (rows a CTA, keys a stage).

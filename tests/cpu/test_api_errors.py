@@ -1,4 +1,5 @@
 """Each message names the argument, what it got and what it wanted; all mismatches at once."""
+# ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools
 
@@ -24,11 +25,23 @@ def ints(*shape):
     return jnp.ones(shape, jnp.int32)
 
 
+def trio(change):
+    """query, key and value, changed alike."""
+    names = "query", "key", "value"
+    return {n: change(x) for n, x in zip(names, qkv(batch=(B,), t=T, s=S, n=N, k=K, h=H))}
+
+
 # (what is wrong, replaced arguments, words of the message: argument, value, wish)
 WRONG = {
     # Shapes.
-    "key heads do not divide": ({"key": normal((B, S, 3, H)), "value": normal((B, S, 3, H))}, ["key", "3", "4"]),
-    "more key heads than query heads": ({"key": normal((B, S, 8, H)), "value": normal((B, S, 8, H))}, ["key", "8", "4"]),
+    "key heads do not divide": (
+        {"key": normal((B, S, 3, H)), "value": normal((B, S, 3, H))},
+        ["key", "3", "4"],
+    ),
+    "more key heads than query heads": (
+        {"key": normal((B, S, 8, H)), "value": normal((B, S, 8, H))},
+        ["key", "8", "4"],
+    ),
     "no key heads": ({"key": normal((B, S, 0, H)), "value": normal((B, S, 0, H))}, ["key", "0"]),
     "value heads differ from key heads": ({"value": normal((B, S, 4, H))}, ["value", "4", "2"]),
     "head dims differ": ({"key": normal((B, S, K, 16))}, ["key", "16", "8"]),
@@ -42,27 +55,60 @@ WRONG = {
     "bias rank": ({"bias": normal((1, B, N, T, S))}, ["bias", "5"]),
     "mask": ({"mask": jnp.ones((B, N, 4, S), bool)}, ["mask", "4", "5"]),
     "query_seq_lengths": ({"query_seq_lengths": ints(3)}, ["query_seq_lengths", "(3,)", "(2,)"]),
-    "query_seq_lengths scalar": ({"query_seq_lengths": ints()}, ["query_seq_lengths", "()", "(2,)"]),
-    "query_seq_lengths of one": ({"query_seq_lengths": ints(1)}, ["query_seq_lengths", "(1,)", "(2,)"]),
-    "key_value_seq_lengths": ({"key_value_seq_lengths": ints(2, 1)}, ["key_value_seq_lengths", "(2, 1)", "(2,)"]),
-    "query_segment_ids": ({"query_segment_ids": ints(B, S), "key_value_segment_ids": ints(B, S)}, ["query_segment_ids", "(2, 7)", "(2, 5)"]),
-    "key_value_segment_ids": ({"query_segment_ids": ints(B, T), "key_value_segment_ids": ints(B, T)}, ["key_value_segment_ids", "(2, 5)", "(2, 7)"]),
-    "default key_value_segment_ids": ({"query_segment_ids": ints(B, T)}, ["key_value_segment_ids", "5", "7"]),
-    "query_offset": ({"query_offset": ints(3), "is_causal": True}, ["query_offset", "(3,)", "(2,)"]),
+    "query_seq_lengths scalar": (
+        {"query_seq_lengths": ints()},
+        ["query_seq_lengths", "()", "(2,)"],
+    ),
+    "query_seq_lengths of one": (
+        {"query_seq_lengths": ints(1)},
+        ["query_seq_lengths", "(1,)", "(2,)"],
+    ),
+    "key_value_seq_lengths": (
+        {"key_value_seq_lengths": ints(2, 1)},
+        ["key_value_seq_lengths", "(2, 1)", "(2,)"],
+    ),
+    "query_segment_ids": (
+        {"query_segment_ids": ints(B, S), "key_value_segment_ids": ints(B, S)},
+        ["query_segment_ids", "(2, 7)", "(2, 5)"],
+    ),
+    "key_value_segment_ids": (
+        {"query_segment_ids": ints(B, T), "key_value_segment_ids": ints(B, T)},
+        ["key_value_segment_ids", "(2, 5)", "(2, 7)"],
+    ),
+    "default key_value_segment_ids": (
+        {"query_segment_ids": ints(B, T)},
+        ["key_value_segment_ids", "5", "7"],
+    ),
+    "query_offset": (
+        {"query_offset": ints(3), "is_causal": True},
+        ["query_offset", "(3,)", "(2,)"],
+    ),
     "sinks": ({"sinks": normal((3,))}, ["sinks", "(3,)", "(4,)"]),
     "sinks with a batch": ({"sinks": normal((B, N))}, ["sinks", "(2, 4)", "(4,)"]),
     "scale": ({"scale": normal((4,))}, ["scale", "(4,)"]),
     # Dtypes.
     "key dtype": ({"key": normal((B, S, K, H), jnp.bfloat16)}, ["key", "bfloat16", "float32"]),
     "value dtype": ({"value": normal((B, S, K, H), jnp.float16)}, ["value", "float16", "float32"]),
-    "integer inputs": ({n: ints(*s) for n, s in [("query", (B, T, N, H)), ("key", (B, S, K, H)), ("value", (B, S, K, H))]}, ["query", "int32"]),
-    "complex inputs": ({n: normal(s).astype(jnp.complex64) for n, s in [("query", (B, T, N, H)), ("key", (B, S, K, H)), ("value", (B, S, K, H))]}, ["query", "complex64"]),
+    "integer inputs": (trio(lambda x: x.astype(jnp.int32)), ["query", "int32"]),
+    "complex inputs": (trio(lambda x: x.astype(jnp.complex64)), ["query", "complex64"]),
     "float mask": ({"mask": normal((T, S))}, ["mask", "float32", "bool"]),
     "integer mask": ({"mask": ints(T, S)}, ["mask", "int32", "bool"]),
-    "float lengths": ({"key_value_seq_lengths": jnp.ones(B)}, ["key_value_seq_lengths", "float32", "integer"]),
-    "bool lengths": ({"query_seq_lengths": jnp.ones(B, bool)}, ["query_seq_lengths", "bool", "integer"]),
-    "float ids": ({"query_segment_ids": jnp.ones((B, T)), "key_value_segment_ids": ints(B, S)}, ["query_segment_ids", "float32", "integer"]),
-    "float offset": ({"query_offset": jnp.float32(1), "is_causal": True}, ["query_offset", "float32", "integer"]),
+    "float lengths": (
+        {"key_value_seq_lengths": jnp.ones(B)},
+        ["key_value_seq_lengths", "float32", "integer"],
+    ),
+    "bool lengths": (
+        {"query_seq_lengths": jnp.ones(B, bool)},
+        ["query_seq_lengths", "bool", "integer"],
+    ),
+    "float ids": (
+        {"query_segment_ids": jnp.ones((B, T)), "key_value_segment_ids": ints(B, S)},
+        ["query_segment_ids", "float32", "integer"],
+    ),
+    "float offset": (
+        {"query_offset": jnp.float32(1), "is_causal": True},
+        ["query_offset", "float32", "integer"],
+    ),
     "integer sinks": ({"sinks": ints(N)}, ["sinks", "int32"]),
     "out_dtype without float8": ({"out_dtype": jnp.bfloat16}, ["out_dtype", "bfloat16", "float8"]),
     "descale without float8": ({"key_descale": jnp.float32(2)}, ["key_descale", "float8"]),
@@ -74,11 +120,23 @@ WRONG = {
     "zero soft cap": ({"logits_soft_cap": 0.0}, ["logits_soft_cap", "0"]),
     "negative soft cap": ({"logits_soft_cap": -2.5}, ["logits_soft_cap", "-2.5"]),
     "soft cap of NaN": ({"logits_soft_cap": float("nan")}, ["logits_soft_cap", "nan"]),
-    "alignment": ({"causal_alignment": "left"}, ["causal_alignment", "left", "top_left", "bottom_right"]),
-    "key_value_segment_ids alone": ({"key_value_segment_ids": ints(B, S)}, ["key_value_segment_ids", "query_segment_ids"]),
-    "offset and bottom_right": ({"query_offset": ints(), "causal_alignment": "bottom_right", "is_causal": True}, ["query_offset", "bottom_right"]),
-    "offset and bottom_right without causal": ({"query_offset": ints(), "causal_alignment": "bottom_right"}, ["query_offset", "bottom_right"]),
-}  # fmt: skip
+    "alignment": (
+        {"causal_alignment": "left"},
+        ["causal_alignment", "left", "top_left", "bottom_right"],
+    ),
+    "key_value_segment_ids alone": (
+        {"key_value_segment_ids": ints(B, S)},
+        ["key_value_segment_ids", "query_segment_ids"],
+    ),
+    "offset and bottom_right": (
+        {"query_offset": ints(), "causal_alignment": "bottom_right", "is_causal": True},
+        ["query_offset", "bottom_right"],
+    ),
+    "offset and bottom_right without causal": (
+        {"query_offset": ints(), "causal_alignment": "bottom_right"},
+        ["query_offset", "bottom_right"],
+    ),
+}
 
 
 def arguments(changes):
@@ -187,7 +245,10 @@ def test_other_float8_kinds_are_refused(dtype):
 varlen = jax_fa3.varlen_attention
 
 WRONG_VARLEN = {
-    "cu_seqlens_q dtype": ({"cu_seqlens_q": jnp.asarray([0.0, 5.0])}, ["cu_seqlens_q", "float32", "int"]),
+    "cu_seqlens_q dtype": (
+        {"cu_seqlens_q": jnp.asarray([0.0, 5.0])},
+        ["cu_seqlens_q", "float32", "int"],
+    ),
     "cu_seqlens_q rank": ({"cu_seqlens_q": ints(2, 2)}, ["cu_seqlens_q", "(2, 2)"]),
     "cu_seqlens_q empty": ({"cu_seqlens_q": ints(0)}, ["cu_seqlens_q", "(0,)"]),
     "cu_seqlens_k count": ({"cu_seqlens_k": ints(4)}, ["cu_seqlens_k", "(4,)", "(3,)"]),
@@ -201,7 +262,7 @@ WRONG_VARLEN = {
     "soft cap": ({"logits_soft_cap": 0}, ["logits_soft_cap", "0"]),
     "sinks": ({"sinks": normal((5,))}, ["sinks", "(5,)", "(4,)"]),
     "implementation": ({"implementation": "fa2"}, ["implementation", "fa2"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG_VARLEN.values(), ids=WRONG_VARLEN)

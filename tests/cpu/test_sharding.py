@@ -2,6 +2,7 @@
 
 What holds today. That no collective is needed belongs to the issue that brings placement rules.
 """
+# ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools
 

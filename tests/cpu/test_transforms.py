@@ -3,9 +3,11 @@
 `CASES` runs everything through both doors: float32 takes the xla function, bfloat16 of head dim 64
 takes the primitives (their default lowering here, the kernel's lowering as text).
 """
+# ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools
 import itertools
+import operator
 
 import helpers
 import jax
@@ -125,7 +127,7 @@ def test_nested_vmap_with_different_operands_at_each_level(case):
     got = jax.jit(pair)(outer_q, inner_k, outer_v)
     for i, j in itertools.product(range(2), range(SIZE)):
         wanted = exact(outer_q[i], inner_k[j], outer_v[i])
-        assert_close(jax.tree.map(lambda x: x[i, j], got), wanted, case["dtype"])
+        assert_close(jax.tree.map(operator.itemgetter((i, j)), got), wanted, case["dtype"])
 
 
 @both_doors
@@ -140,7 +142,7 @@ def test_three_vmaps_of_rank_3_inputs(case):
 @both_doors
 def test_vmap_of_zero_rows(case):
     args = qkv(batch=(0, 2), t=3, s=4, **case)
-    out, lse = jax.jit(jax.vmap(attend))(*args)
+    out, _ = jax.jit(jax.vmap(attend))(*args)
     assert out.shape[:2] == (0, 2)
     grads = jax.jit(jax.vmap(jax.grad(total(attend), (0, 1, 2))))(*args)
     assert [g.shape for g in grads] == [x.shape for x in args]
@@ -181,7 +183,7 @@ FLOATS = ("bias", "scale", "sinks")
 @both_doors
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_vmap_over_one_optional_array_alone(case, name):
-    """The array carries the axis, the operands do not; values, and gradients where there are any."""
+    """The array carries the axis, the operands do not; values, and the gradients there are."""
     q, k, v = qkv(batch=(B,), t=T, s=S, n=N, k=K, **case)
     x = OPTIONAL[name]((SIZE,))
     fixed = {"is_causal": True}

@@ -1,6 +1,8 @@
 """Packed sequences: what each one gives alone, and what stays out of it."""
+# ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools
+import itertools
 
 import chex
 import helpers
@@ -28,7 +30,7 @@ def packed(total_q, total_k, *, n=4, k=2, h=8, d=None, dtype=jnp.float32):
 def sequence_of(ends, total):
     """Which sequence each row belongs to, and where it stands in it; -1 outside all of them."""
     owner, place = np.full(total, -1), np.zeros(total, int)
-    for i, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
         owner[start:end] = i
         place[start:end] = np.arange(max(0, end - start))
     return owner, place
@@ -37,7 +39,9 @@ def sequence_of(ends, total):
 def alone(args, cu_q, cu_k=None, *, is_causal=False, causal_alignment="top_left",
           local_window_size=None, **options):  # fmt: skip
     """The oracle over one dense mask written row by row; rows of no sequence give 0 and -inf."""
-    return _dense(args, _mask(args, cu_q, cu_k, is_causal, causal_alignment, local_window_size), options)
+    return _dense(
+        args, _mask(args, cu_q, cu_k, is_causal, causal_alignment, local_window_size), options
+    )
 
 
 def _mask(args, cu_q, cu_k, is_causal, causal_alignment, window):
@@ -222,10 +226,11 @@ def test_array_scale_and_sinks_have_gradients():
 
 def test_vmap_and_grad_of_vmap():
     q, k, v = (jnp.stack([x, -x]) for x in packed(9, 9))
-    cu = jnp.asarray([[0, 4, 9], [0, 1, 6]])
+    ends = [0, 4, 9], [0, 1, 6]
+    cu = jnp.asarray(ends)
     got = jax.jit(jax.vmap(varlen))(q, k, v, cu)
     stacked = lambda *a: jax.tree.map(
-        lambda *x: jnp.stack(x), *(alone(tuple(x[i] for x in a), np.asarray(cu[i])) for i in range(2))
+        lambda *x: jnp.stack(x), *(alone(tuple(x[i] for x in a), ends[i]) for i in range(2))
     )
     loss = lambda f: lambda q, k, v: (f(q, k, v)[0] ** 2).sum()
     assert_close(got, stacked(q, k, v))

@@ -3,6 +3,7 @@
 Compiling plain JAX for hundreds of shapes would take longer than the whole suite may; NumPy needs
 no compilation. `helpers.plain` (real JAX) is the yardstick where one shape is looked at closely.
 """
+# ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def dense(query, key, value, see=None, scale=None):
     """
     dtype = np.asarray(query).dtype
     q, k, v = (np.asarray(x).astype(np.float32) for x in (query, key, value))
-    *_, t, n, h = q.shape
-    s, heads_k = k.shape[-3:-1]
+    n, h = q.shape[-2:]
+    heads_k = k.shape[-2]
     k, v = (np.repeat(x, n // heads_k, axis=-2) for x in (k, v))
     scale = np.float32(1 / np.sqrt(h) if scale is None else scale)
     x = np.einsum("...tnh,...snh->...nts", q, k, optimize=True) * scale

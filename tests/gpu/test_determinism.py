@@ -9,8 +9,14 @@ from kernel_helpers import attend
 
 ODD = {
     "full d64": ({"batch": (3,), "t": 333, "s": 517, "n": 6, "k": 2, "h": 64}, {}),
-    "causal d128": ({"batch": (2,), "t": 777, "s": 777, "n": 8, "k": 2, "h": 128}, {"is_causal": True}),
-    "causal d256": ({"batch": (2,), "t": 401, "s": 613, "n": 4, "k": 1, "h": 256}, {"is_causal": True}),
+    "causal d128": (
+        {"batch": (2,), "t": 777, "s": 777, "n": 8, "k": 2, "h": 128},
+        {"is_causal": True},
+    ),
+    "causal d256": (
+        {"batch": (2,), "t": 401, "s": 613, "n": 4, "k": 1, "h": 256},
+        {"is_causal": True},
+    ),
 }
 
 
@@ -47,7 +53,8 @@ def test_2000_launches_of_varied_shapes_in_random_order():
         q, key, v = qkv(**sizes, h=h, dtype=dtype)
         args = (q * 20 if i % 5 == 0 else q, key, v)
         options = ({}, {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"})
-        f = jax.jit(lambda *a, o=options[rng.integers(3)]: attend(*a, **o))
+        chosen = options[rng.integers(3)]
+        f = jax.jit(lambda *a, o=chosen: attend(*a, **o))
         problems.append((f, args, [np.asarray(x).tobytes() for x in f(*args)]))
     order = rng.integers(0, len(problems), 2000).tolist()
     for start in range(0, len(order), 100):

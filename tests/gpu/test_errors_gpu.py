@@ -61,7 +61,10 @@ WRONG = {
         },
         ["96", "FwdBf16Hdim64Full"],
     ),
-    "dtype": ({"dtypes": {n: jnp.float32 for n in ("query", "key", "value", "out")}}, ["query", "dtype"]),
+    "dtype": (
+        {"dtypes": dict.fromkeys(("query", "key", "value", "out"), jnp.float32)},
+        ["query", "dtype"],
+    ),
     "dtype of key": ({"dtypes": {"key": jnp.float16}}, ["key", "dtype"]),
     "dtype of out": ({"dtypes": {"out": jnp.float32}}, ["out", "dtype"]),
     "dtype of lse": ({"dtypes": {"lse": BF16}}, ["lse", "float32"]),

@@ -174,7 +174,10 @@ def test_more_than_two_to_the_31_elements_in_one_array(side):
         rows = [r for r in rows if r < t]
         kv = head if k > 1 else 0
         part = q[:, jnp.asarray(rows), head : head + 1]
-        got = (out[:, jnp.asarray(rows), head : head + 1], lse[:, jnp.asarray(rows), head : head + 1])
+        got = (
+            out[:, jnp.asarray(rows), head : head + 1],
+            lse[:, jnp.asarray(rows), head : head + 1],
+        )
         check(got, *(np.asarray(x) for x in (part, key[:, :, kv : kv + 1], v[:, :, kv : kv + 1])))
 
 

@@ -1,6 +1,8 @@
 """vmap, scan and checkpoint around the kernel: values."""
+# ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import itertools
+import operator
 
 import helpers
 import jax
@@ -88,7 +90,13 @@ def test_scan_over_layers():
     x = q
     for i in range(3):
         before, (x, _) = x, jax.jit(lambda *a: attend(*a, is_causal=True))(x, ks[i], vs[i])
-        check(attend(before, ks[i], vs[i], is_causal=True), before, ks[i], vs[i], see_causal(70, 70, 0))
+        check(
+            attend(before, ks[i], vs[i], is_causal=True),
+            before,
+            ks[i],
+            vs[i],
+            see_causal(70, 70, 0),
+        )
     helpers.assert_same_bits(layers(q, ks, vs), x)
 
 
@@ -99,7 +107,7 @@ def test_vmap_of_grad_has_a_gradient_for_every_row():
     grads = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None)))(q, k, v)
     single = jax.jit(jax.grad(loss, (0, 1, 2)))
     for row in range(3):
-        helpers.assert_close(jax.tree.map(lambda x: x[row], grads), single(q[row], k, v))
+        helpers.assert_close(jax.tree.map(operator.itemgetter(row), grads), single(q[row], k, v))
 
 
 def test_a_named_policy_saves_what_the_kernel_computed():
