@@ -508,41 +508,51 @@ def train(settings, attention, train_text, validation_text, seed):
 
 
 def write_sample(parameters, settings, attention, prompt, seed):
-    """Text the model writes after `prompt`, one byte a step through a key/value cache."""
-    prompt_bytes = np.frombuffer(prompt.encode() or b"\n", dtype=np.uint8)[None].astype(np.int32)
-    prompt_len = prompt_bytes.shape[1]
-    total = prompt_len + settings.sample_bytes
+    """Text the model writes after `prompt`, one byte a step through a key/value cache.
+
+    The model knows positions up to its context only. When that is full, writing goes on from a
+    new cache that holds the last half of it.
+    """
+    wanted = len(prompt.encode()) + settings.sample_bytes
+    context = min(settings.seq_len, wanted)
     settings = dataclasses.replace(settings, remat=False)
-    cache_shape = (settings.layers, 1, total, settings.key_value_heads, settings.head_dim)
+    cache_shape = (settings.layers, 1, context, settings.key_value_heads, settings.head_dim)
     temperature = _TEMPERATURE.value
 
     def choose(logits, key):
         if temperature <= 0:
-            return jnp.argmax(logits, axis=-1)
+            return jnp.argmax(logits)
         return jax.random.categorical(key, logits / temperature)
 
     @jax.jit
-    def generate(parameters, prompt, key):
-        cache = (jnp.zeros(cache_shape, settings.dtype),) * 2
-        logits, cache = transformer(parameters, prompt, settings, attention, cache, 0)
+    def fill_context(parameters, given, given_len, key):
+        """given int32 [context], of which given_len count -> int32 [context] with the rest."""
 
-        def next_byte(carry, key):
-            logits, cache, position = carry
-            token = choose(logits, key)
+        def step(carry, inputs):
+            cache, chosen = carry
+            position, given_byte, key = inputs
+            token = jnp.where(position < given_len, given_byte, chosen).astype(jnp.int32)
             logits, cache = transformer(
-                parameters, token[:, None], settings, attention, cache, position
+                parameters, token[None, None], settings, attention, cache, position
             )
-            return (logits[:, -1], cache, position + 1), token
+            return (cache, choose(logits[0, 0], key).astype(jnp.int32)), token
 
-        keys = jax.random.split(key, settings.sample_bytes)
-        _, tokens = jax.lax.scan(next_byte, (logits[:, -1], cache, jnp.int32(prompt_len)), keys)
-        return tokens[:, 0]
+        cache = (jnp.zeros(cache_shape, settings.dtype),) * 2
+        steps = (jnp.arange(context), given, jax.random.split(key, context))
+        return jax.lax.scan(step, (cache, jnp.int32(0)), steps)[1]
 
-    written = np.asarray(generate(parameters, prompt_bytes, jax.random.key(seed)))
-    text = written.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    text = np.frombuffer(prompt.encode() or b"\n", dtype=np.uint8).astype(np.int32)
+    key = jax.random.key(seed)
+    while text.size < wanted:
+        key, key_now = jax.random.split(key)
+        given = text if text.size < context else text[-(context // 2) :]
+        padded = np.pad(given, (0, context - given.size))
+        filled = np.asarray(fill_context(parameters, padded, given.size, key_now))
+        text = np.concatenate([text[: text.size - given.size], filled])
+    decoded = text[:wanted].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
     # A byte model may write control characters, which a terminal would obey.
-    return prompt + "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+    return "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in decoded
     )
 
 
