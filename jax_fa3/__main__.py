@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -16,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 import jax_fa3
@@ -36,7 +36,7 @@ def info() -> str:
     lines = [
         f"jax_fa3     {jax_fa3.__version__} ({pathlib.Path(jax_fa3.__file__).parent})",
         f"jax         {jax.__version__}",
-        f"jaxlib      {jaxlib.__version__}",
+        f"jaxlib      {importlib.metadata.version('jaxlib')}",
         f"python      {platform.python_version()}, {platform.platform()}",
         f"FFI API     found {_version(found)}",
     ]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fa3 import _support
-from jax_fa3._spec import AttentionSpec, Operands
+from jax_fa3._spec import AttentionSpec, Operands, softmax_dtype
 from jax_fa3.config import config
 
 FLOAT8 = np.dtype(jnp.float8_e4m3fn)
@@ -407,8 +407,7 @@ def _scaled(q, factor, q_lengths):
         # Padding may hold NaN, which must not reach the gradient of the factor.
         row = jax.lax.broadcasted_iota(jnp.int32, q.shape, q.ndim - 3)
         q = jnp.where(row < q_lengths[..., None, None, None], q, jnp.zeros((), q.dtype))
-    # Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
-    wide = np.float64 if q.dtype == np.float64 else np.float32
+    wide = softmax_dtype(q.dtype)
     return (q.astype(wide) * factor.astype(wide)).astype(q.dtype)
 
 

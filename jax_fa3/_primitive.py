@@ -26,7 +26,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec
 
 from jax_fa3 import _blockwise, _native, _support
-from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands
+from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands, softmax_dtype
 
 fwd_p = jax.extend.core.Primitive("jax_fa3_fwd")
 bwd_p = jax.extend.core.Primitive("jax_fa3_bwd")
@@ -98,11 +98,6 @@ _BWD_CORE_RANKS = [3, 2, 3, 2]  # out, lse, dout, dlse
 
 
 # --- abstract evaluation ---
-
-
-def _lse_dtype(dtype) -> np.dtype:
-    # Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def _batch_of(shapes: Sequence[tuple[int, ...]], ranks: Sequence[int]) -> tuple[int, ...]:
@@ -186,7 +181,10 @@ def _fwd_abstract(*avals, names, spec, fallback):
     batch = _batch_of([a.shape for a in avals], ranks)
     t, n, _ = q.shape[-3:]
     return _out_avals(
-        [((t, n, v.shape[-1]), spec.out_dtype), ((n, t), _lse_dtype(q.dtype))], avals, ranks, batch
+        [((t, n, v.shape[-1]), spec.out_dtype), ((n, t), softmax_dtype(q.dtype))],
+        avals,
+        ranks,
+        batch,
     )
 
 
@@ -246,7 +244,7 @@ def _xla_forward(*arrays, names, spec, fallback):
     if 0 in (*batch, t, n):
         return [
             jnp.zeros((*batch, t, n, v.shape[-1]), spec.out_dtype),
-            jnp.zeros((*batch, n, t), _lse_dtype(q.dtype)),
+            jnp.zeros((*batch, n, t), softmax_dtype(q.dtype)),
         ]
 
     def attend(*arrays):

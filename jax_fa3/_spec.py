@@ -64,6 +64,14 @@ class Operands(NamedTuple):
     value_descale: Any = None
 
 
+def softmax_dtype(dtype: Any) -> np.dtype:
+    """In what the softmax of inputs of `dtype` is computed, and its lse returned.
+
+    Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
+    """
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 # How many trailing dims of an operand are not batch dims.
 CORE_RANK = {
     "query": 3,
