@@ -111,7 +111,7 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     if valid is not None:
         lse = jnp.where(valid[..., None, :], lse, -jnp.inf)
         out = jnp.where(valid[..., :, None, None], out, 0)
-    return out.astype(spec.out_dtype), lse
+    return _depending_on(operands, (out.astype(spec.out_dtype), lse))
 
 
 def backward(
@@ -196,7 +196,7 @@ def backward(
         dsinks = jnp.where(alive, sink_probs * -delta, 0)
         dsinks = dsinks.sum((*range(len(tiles.batch)), -1))
         gradients = gradients._replace(sinks=dsinks.astype(operands.sinks.dtype))
-    return gradients
+    return _depending_on((operands, out, lse, dout, dlse), gradients)
 
 
 class _Band(NamedTuple):
@@ -523,6 +523,20 @@ def _block_sizes(heads: int) -> tuple[int, int]:
     doublings = max(1, _TILE_ELEMENTS[backend] // max(1, heads)).bit_length() - 1
     block_q, block_k = 2 ** (doublings // 2), 2 ** (doublings - doublings // 2)
     return min(max(block_q, smallest), largest), min(max(block_k, smallest), largest)
+
+
+def _depending_on(inputs, outputs):
+    """The outputs as they are, but each a function of every input.
+
+    jax.vmap counts the cotangent of a custom_vjp's output once for each row when that output alone
+    is not mapped (jax 0.10 to 0.11), as lse is not under a vmap over value. XLA drops the select.
+    """
+    flags = []
+    for x in jax.tree.leaves(inputs):
+        first = lax.slice(x, [0] * x.ndim, [min(size, 1) for size in x.shape])
+        flags.append((first == first).all())
+    flag = functools.reduce(jnp.logical_and, flags)
+    return jax.tree.map(lambda x: jnp.where(flag, x, x), outputs)
 
 
 def _arange(length: int) -> Array:
