@@ -9,11 +9,96 @@ Letters: T query length, S key length, N query heads, K key/value heads, H and D
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
+from jax_fa3 import _arguments
 from jax_fa3._spec import AttentionSpec, Operands
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    query_offset: ArrayLike | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    query_descale: ArrayLike | None = None,
+    key_descale: ArrayLike | None = None,
+    value_descale: ArrayLike | None = None,
+    out_dtype: Any = None,
+    deterministic_backward: None = None,
+    checkpoint_name: None = None,
+    return_residual: bool = False,
+    implementation: None = None,
+) -> Any:
+    """`jax_fa3.dot_product_attention`, dense and differentiable in every way.
+
+    The arguments mean what they mean there, and results have the same shapes and dtypes. The
+    softmax and the matmuls are float32 (float64 for float64 inputs) and probabilities are never
+    rounded, those of float8 inputs included; only out is cast to its dtype.
+
+    Args:
+      deterministic_backward, checkpoint_name, implementation: None; there is nothing to choose.
+      return_residual: also return lse.
+      query, key, value, bias, mask and the others: as for `jax_fa3.dot_product_attention`.
+    Returns:
+      out [*batch, T, N, D]; with return_residual (out, lse), lse [*batch, T, N].
+    Raises:
+      ValueError, TypeError: as `jax_fa3.dot_product_attention`; and ValueError for one of the three
+        that must be None.
+    """
+    problems = _arguments.Problems("reference.dot_product_attention")
+    for name, given in (
+        ("deterministic_backward", deterministic_backward),
+        ("checkpoint_name", checkpoint_name),
+        ("implementation", implementation),
+    ):
+        if given is not None:
+            problems.add(name, repr(given), "None (the reference has nothing to choose)")
+    parsed = _arguments.parse(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        query_offset=query_offset,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        query_descale=query_descale,
+        key_descale=key_descale,
+        value_descale=value_descale,
+        out_dtype=out_dtype,
+        return_residual=return_residual,
+        problems=problems,
+    )
+    out, lse = attend(parsed.spec, parsed.operands)
+    out = out.reshape(*parsed.leading, out.shape[-1])
+    lse = jnp.swapaxes(lse, -1, -2).reshape(parsed.leading)
+    return (out, lse) if return_residual else out
 
 
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
