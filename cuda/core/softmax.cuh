@@ -33,13 +33,15 @@ struct OnlineSoftmax {
     exponentiate(scores, scale_log2);
   }
 
-  // Any later block. The caller applies `rescale` to the output once its products are done.
+  // Any later block, as kClassical or kConditional has it. The caller applies `rescale` to the
+  // output once its products are done.
+  template <Softmax kRule>
   __device__ __forceinline__ void next(float (&scores)[kScores], float scale_log2) {
     float max[2];
     block_max(scores, max);
     max[0] = fmaxf(max[0], reference[0]);
     max[1] = fmaxf(max[1], reference[1]);
-    if constexpr (kSoftmax == Softmax::kClassical) {
+    if constexpr (kRule == Softmax::kClassical) {
       must_shrink = true;
     } else {
       // -inf - -inf is NaN, which does not grow; finite - -inf does.
@@ -67,23 +69,23 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void next_frozen(float (&scores)[kScores], float scale_log2) {
     exponentiate(scores, scale_log2);
   }
-  // Lazy, at the end: whether the lane's sums and outputs are what the classical loop would have
-  // made of them. An overflow anywhere on the way leaves an infinity or a NaN behind, since nothing
-  // makes those finite again; a sum below the range means that the reference was no score's. Rows
-  // without a visible key are right to be 0.
+  // Lazy, at the end: whether the rows are what the classical loop would have made of them. An
+  // overflow anywhere on the way leaves an infinity or a NaN behind, since nothing makes those
+  // finite again; a sum below the range means that the reference was no score's. For rows that saw
+  // a frozen block: those have a visible key. The same in the four lanes of a row.
   template <int kCount>
-  __device__ __forceinline__ bool in_range(const float (&output)[kCount],
-                                           const int32_t (&visible)[2]) const {
-    float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // infinity * 0 and NaN * 0 are NaN
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) zero[i % 4] = __fmaf_rn(output[i], 0.0f, zero[i % 4]);
-    bool good = (zero[0] + zero[1]) + (zero[2] + zero[3]) == 0.0f;
+  __device__ __forceinline__ void in_range(const float (&output)[kCount], bool (&good)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      float even = 0.0f, odd = 0.0f;  // infinity * 0 and NaN * 0 are NaN
+#pragma unroll
+      for (int i = 2 * r; i < kCount; i += 4) {
+        even = __fmaf_rn(output[i], 0.0f, even);
+        odd = __fmaf_rn(output[i + 1], 0.0f, odd);
+      }
       const float sum = ptx::quad_sum(row_sum[r]);
-      good = good && (visible[r] == 0 || (sum >= 0x1p-20f && sum <= 0x1p+120f));
+      good[r] = ptx::quad_sum(even + odd) == 0.0f && sum >= 0x1p-20f && sum <= 0x1p+120f;
     }
-    return good;
   }
 
   template <int kCount>
@@ -95,15 +97,17 @@ struct OnlineSoftmax {
   }
 
   // The whole row's sum -> what to multiply the output with, and log-sum-exp (natural log). A row
-  // that saw no key has sum 0: output 0, lse -inf. A NaN sum stays NaN.
+  // that saw no key has sum 0: output 0, lse -inf. A NaN sum stays NaN, but where it is NaN because
+  // a score is infinite, lse is that infinity.
   __device__ __forceinline__ void finish(float scale_log2, float (&inverse)[2], float (&lse)[2]) {
     constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = ptx::quad_sum(row_sum[r]);
       inverse[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      lse[r] =
-          sum == 0.0f ? -INFINITY : (reference[r] * scale_log2 + kHeadroomLog2 + log2f(sum)) * kLn2;
+      lse[r] = (reference[r] * scale_log2 + kHeadroomLog2 + log2f(sum)) * kLn2;
+      if (sum == 0.0f) lse[r] = -INFINITY;
+      if (reference[r] == INFINITY) lse[r] = INFINITY;
     }
   }
 

@@ -38,8 +38,7 @@ struct DynamicSchedule {
   uint32_t queue;  // shared-memory address of the TileQueue
   uint32_t index;
   uint32_t drawn = 0;
-  int slot = 0;
-  uint32_t phase = 0;
+  uint32_t turn = 0;  // bit 0 is the slot, bit 1 its phase: roles are short of registers
 
   __device__ __forceinline__ explicit DynamicSchedule(uint32_t queue)
       : queue(queue), index(blockIdx.x) {}
@@ -57,38 +56,35 @@ struct DynamicSchedule {
   }
   // Producer: hands `index` to the consumers, the first index past the end included.
   __device__ __forceinline__ void publish() {
-    ptx::mbarrier_wait(empty_barrier(), phase ^ 1);
+    ptx::mbarrier_wait(empty_barrier(), phase() ^ 1);
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(index_address()), "r"(index) : "memory");
     ptx::mbarrier_arrive(full_barrier());
-    advance_slot();
+    ++turn;
   }
   // Consumer warps.
   __device__ __forceinline__ void receive() {
-    ptx::mbarrier_wait(full_barrier(), phase);
+    ptx::mbarrier_wait(full_barrier(), phase());
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(index) : "r"(index_address()) : "memory");
     __syncwarp();  // every lane has read before the slot goes back
     if (ptx::lane_index() == 0) {
       ptx::mbarrier_arrive(empty_barrier());
     }
-    advance_slot();
+    ++turn;
   }
   __device__ __forceinline__ void step() { index = drawn; }
 
  private:
+  static_assert(TileQueue::kSlots == 2, "turn counts slots in one bit");
+  __device__ __forceinline__ uint32_t slot() const { return turn & 1; }
+  __device__ __forceinline__ uint32_t phase() const { return turn >> 1 & 1; }
   __device__ __forceinline__ uint32_t full_barrier() const {
-    return queue + TileQueue::kFull + 8 * slot;
+    return queue + TileQueue::kFull + 8 * slot();
   }
   __device__ __forceinline__ uint32_t empty_barrier() const {
-    return queue + TileQueue::kEmpty + 8 * slot;
+    return queue + TileQueue::kEmpty + 8 * slot();
   }
   __device__ __forceinline__ uint32_t index_address() const {
-    return queue + TileQueue::kIndex + 4 * slot;
-  }
-  __device__ __forceinline__ void advance_slot() {
-    if (++slot == TileQueue::kSlots) {
-      slot = 0;
-      phase ^= 1;
-    }
+    return queue + TileQueue::kIndex + 4 * slot();
   }
 };
 

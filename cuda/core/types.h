@@ -19,7 +19,7 @@ enum class MaskKind { kFull, kCausal };
 //                 reach 2^8, harmless in bfloat16 and in float16 (65504)
 //   kLazy         the maximum of the first blocks, never raised, no maximum taken in the loop. A
 //                 row whose scores later rise too far overflows; each tile checks that, and those
-//                 that did are done again with kConditional at the end of the kernel
+//                 that did are done again with kClassical at the end of the kernel
 enum class Softmax { kClassical, kConditional, kLazy };
 
 constexpr const char* name(DType dtype) { return dtype == DType::kBF16 ? "bfloat16" : "float16"; }

@@ -47,9 +47,9 @@ struct FwdConfig {
 
   // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at
   // launch, threads() times the cap that __launch_bounds__ implies.
-  constexpr int producer_registers() const { return consumer_warpgroups <= 2 ? 24 : 32; }
+  constexpr int producer_registers() const { return consumer_warpgroups <= 2 ? 40 : 32; }
   constexpr int consumer_registers() const {
-    return consumer_warpgroups <= 2 ? 240 : (consumer_warpgroups == 3 ? 160 : 112);
+    return consumer_warpgroups <= 2 ? 232 : (consumer_warpgroups == 3 ? 160 : 112);
   }
   // Scores, packed probabilities and output of one lane. Beyond the limits ptxas reports
   // "insufficient register resources" and serializes every wgmma (136 fails at 160, 92 at 112).

@@ -99,7 +99,8 @@ class FwdConsumer {
     // The tile's last blocks may be visible to the warpgroups below only.
     for (int32_t block = tile_end - 1; block >= blocks.end; --block) skip_block();
 
-    bool good = true;
+    bool all_good = true;
+    bool store[2] = {row < params_.seqlen_q, row + 8 < params_.seqlen_q};
     float inverse[2] = {0.0f, 0.0f};
     float lse[2] = {-INFINITY, -INFINITY};
     if (tile_end > 0) wait_query();
@@ -109,17 +110,33 @@ class FwdConsumer {
       } else {
         attend_in_order(blocks, visible, output);
       }
-      if constexpr (kSoftmax == Softmax::kLazy) {
-        good = !ptx::named_barrier_any(static_cast<int>(ptx::NamedBarrier::kVote) + warpgroup_,
-                                       ptx::kWarpgroupSize, !softmax_.in_range(output, visible));
-      }
       softmax_.finish(params_.scale_log2, inverse, lse);
+      if constexpr (kSoftmax == Softmax::kLazy) {
+        // Masked blocks are not lazy; a tile that had no others is right.
+        if (blocks.unmasked_end > 0) all_good = check_rows(output, lse);
+      }
     } else if (tile_end > 0) {
       release_query();
     }
-    store_output<Config>(params_, work.tile, row, output, inverse, lse);
-    return good;
+    if constexpr (kSoftmax != kConfig.softmax) {  // a redo: rows that were right keep their bits
+      store[0] = store[0] && is_nan(*lse_address(params_, work.tile, row));
+      store[1] = store[1] && is_nan(*lse_address(params_, work.tile, row + 8));
+    }
+    store_output<Config>(params_, work.tile, row, store, output, inverse, lse);
+    return all_good;
   }
+
+  // Marks the lane's failed rows by a NaN lse, by which redo() will know them. Whether no row of
+  // the warpgroup failed.
+  __device__ __forceinline__ bool check_rows(const float (&output)[kOutputs], float (&lse)[2]) {
+    bool good[2];
+    softmax_.in_range(output, good);
+    if (!good[0]) lse[0] = NAN;
+    if (!good[1]) lse[1] = NAN;
+    return !ptx::named_barrier_any(static_cast<int>(ptx::NamedBarrier::kVote) + warpgroup_,
+                                   ptx::kWarpgroupSize, !good[0] || !good[1]);
+  }
+  static __device__ __forceinline__ bool is_nan(float x) { return x != x; }
 
   __device__ __forceinline__ void list_for_redo(uint32_t tile) {
     if (threadIdx.x % ptx::kWarpgroupSize != 0) return;
@@ -139,7 +156,7 @@ class FwdConsumer {
       const int chosen = redo.template warpgroup<Config>();
       if (chosen == warpgroup_) {
         const KeyBlocks blocks = uniform_blocks(work);
-        attend<Softmax::kConditional>(work, blocks, blocks.end);
+        attend<Softmax::kClassical>(work, blocks, blocks.end);
       } else {
         const int32_t end = warpgroup_blocks<Config>(params_, work, chosen).end;
         for (int32_t block = 0; block < end; ++block) skip_block();
@@ -169,18 +186,20 @@ class FwdConsumer {
     softmax_.first(scores_, params_.scale_log2);
     pack_fragments<kConfig.dtype>(scores_, probs_);
 
-    for (--block; block >= blocks.unmasked_end; --block) step<true, false>(block, visible, output);
+    // Before a lazy reference is set, blocks are done as kConditional does them.
+    constexpr Softmax kRule = kSoftmax == Softmax::kLazy ? Softmax::kConditional : kSoftmax;
+    for (--block; block >= blocks.unmasked_end; --block) step<true, kRule>(block, visible, output);
     if constexpr (kSoftmax == Softmax::kLazy) {
       // A reference needs a visible key. The first row may have seen none yet, when the masked
       // blocks begin just behind its last key (later rows see more); one more block shows it some.
       if (block >= 0 && blocks.first_row_unseen) {
-        step<false, false>(block, visible, output);
+        step<false, kRule>(block, visible, output);
         --block;
       }
       softmax_.freeze();
-      for (; block >= 0; --block) step<false, true>(block, visible, output);
+      for (; block >= 0; --block) step<false, Softmax::kLazy>(block, visible, output);
     } else {
-      for (; block >= 0; --block) step<false, false>(block, visible, output);
+      for (; block >= 0; --block) step<false, kRule>(block, visible, output);
     }
 
     release_query();
@@ -193,7 +212,7 @@ class FwdConsumer {
     release_values();
   }
 
-  template <bool kMasked, bool kFrozen>
+  template <bool kMasked, Softmax kRule>
   __device__ __forceinline__ void step(int32_t block, const int32_t (&visible)[2],
                                        float (&output)[kOutputs]) {
     rings_.k_ring.wait(k_at_);
@@ -212,17 +231,17 @@ class FwdConsumer {
     ptx::fence_registers(scores_);
     release_keys();
     if constexpr (kMasked) mask(block, visible);
-    if constexpr (kFrozen) {
+    if constexpr (kRule == Softmax::kLazy) {
       softmax_.next_frozen(scores_, params_.scale_log2);
     } else {
-      softmax_.next(scores_, params_.scale_log2);
+      softmax_.template next<kRule>(scores_, params_.scale_log2);
     }
 
     ptx::wgmma_wait<0>();
     ptx::fence_registers(output);
     ptx::fence_registers(probs_);
     release_values();
-    if constexpr (!kFrozen) softmax_.rescale(output);
+    if constexpr (kRule != Softmax::kLazy) softmax_.rescale(output);
     pack_fragments<kConfig.dtype>(scores_, probs_);
   }
 
@@ -245,7 +264,7 @@ class FwdConsumer {
       if (block == blocks.end - 1) {
         softmax_.first(scores_, params_.scale_log2);
       } else {
-        softmax_.next(scores_, params_.scale_log2);
+        softmax_.template next<kConfig.softmax>(scores_, params_.scale_log2);
         softmax_.rescale(output);
       }
       pack_fragments<kConfig.dtype>(scores_, probs_);

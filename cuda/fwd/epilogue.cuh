@@ -22,8 +22,16 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&words)[4]) {
   }
 }
 
+// The row's log-sum-exp in [batch, heads, seqlen_q].
+__device__ __forceinline__ float* lse_address(const FwdParams& params, const Tile& tile, int row) {
+  const int64_t pair = static_cast<int64_t>(tile.batch) * params.grid.heads + tile.head;
+  return params.lse + pair * params.seqlen_q + row;
+}
+
+// Rows `row` and `row + 8`, each where `store` says so.
 template <class Config, int kOutputs>
 __device__ __forceinline__ void store_output(const FwdParams& params, const Tile& tile, int row,
+                                             const bool (&store)[2],
                                              const float (&output)[kOutputs],
                                              const float (&inverse)[2], const float (&lse)[2]) {
   constexpr FwdConfig kConfig = Config::value;
@@ -31,7 +39,6 @@ __device__ __forceinline__ void store_output(const FwdParams& params, const Tile
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int32_t t = row + 8 * r;
-    const bool inside = t < params.seqlen_q;
     // [batch, seqlen_q, heads, head_dim]: past 2^31 elements, hence 64 bit.
     const int64_t token = static_cast<int64_t>(tile.batch) * params.seqlen_q + t;
     uint4* const out =
@@ -48,12 +55,9 @@ __device__ __forceinline__ void store_output(const FwdParams& params, const Tile
         words[i] = pack<kConfig.dtype>(output[at] * inverse[r], output[at + 1] * inverse[r]);
       }
       quad_transpose(words);
-      if (inside) out[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
+      if (store[r]) out[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    if (inside && quad_lane == 0) {
-      const int64_t pair = static_cast<int64_t>(tile.batch) * params.grid.heads + tile.head;
-      params.lse[pair * params.seqlen_q + t] = lse[r];
-    }
+    if (store[r] && quad_lane == 0) *lse_address(params, tile, t) = lse[r];
   }
 }
 
