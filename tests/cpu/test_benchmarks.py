@@ -48,6 +48,7 @@ def run_benchmark(tmp_path, *flags):
     command = [sys.executable, str(BENCHMARKS / "attention.py"), "--smoke", f"--output={output}"]
     command += ["--min_seconds=0.001", "--rounds=2", "--compile_threads=2", *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # as _standard_promotion
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     return process, json.loads(output.read_text()) if output.exists() else None
 

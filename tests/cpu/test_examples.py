@@ -51,6 +51,7 @@ def run_demo(tmp_path, *flags):
     # The package these tests import, also where it is not installed but found on the path.
     package = str(pathlib.Path(jax_fa3.__file__).parents[1])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": package}
+    environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # as _standard_promotion, for optax
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
