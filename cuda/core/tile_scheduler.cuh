@@ -61,14 +61,15 @@ struct DynamicSchedule {
     ptx::mbarrier_arrive(full_barrier());
     ++turn;
   }
-  // Consumer warps.
+  // Consumer warps. One lane reads and gives the slot back; the shuffle also tells ptxas that the
+  // index is uniform over the warp.
   __device__ __forceinline__ void receive() {
     ptx::mbarrier_wait(full_barrier(), phase());
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(index) : "r"(index_address()) : "memory");
-    __syncwarp();  // every lane has read before the slot goes back
     if (ptx::lane_index() == 0) {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(index) : "r"(index_address()) : "memory");
       ptx::mbarrier_arrive(empty_barrier());
     }
+    index = __shfl_sync(0xffffffff, index, 0);
     ++turn;
   }
   __device__ __forceinline__ void step() { index = drawn; }

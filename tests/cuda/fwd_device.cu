@@ -1,0 +1,317 @@
+// The forward kernels without JAX: small problems launched straight from C++ and compared with a
+// loop on the host. What compute-sanitizer watches (tools/sanitize.py), and two streams at once.
+// Every array is an allocation of its own, so that memcheck sees an access past its end.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/fwd/launch.h"
+#include "cuda/fwd/plan.h"
+
+namespace jax_fa3 {
+namespace {
+
+#define CHECK_CUDA(expression)                                                  \
+  do {                                                                          \
+    if (const cudaError_t error = (expression); error != cudaSuccess) {         \
+      std::fprintf(stderr, "%s: %s\n", #expression, cudaGetErrorString(error)); \
+      std::exit(2);                                                             \
+    }                                                                           \
+  } while (false)
+
+struct Case {
+  std::string name;
+  Problem problem;
+  std::vector<int32_t> query_offset;  // one a batch row, or empty
+  float query_factor = 1.0f;          // peaks the scores
+};
+
+uint16_t bits(DType dtype, float x) {
+  if (dtype == DType::kBF16) return __bfloat16_as_ushort(__float2bfloat16(x));
+  return __half_as_ushort(__float2half(x));
+}
+float value(DType dtype, uint16_t b) {
+  return dtype == DType::kBF16 ? __bfloat162float(__ushort_as_bfloat16(b))
+                               : __half2float(__ushort_as_half(b));
+}
+
+template <class T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t count) : count_(count) {
+    if (count_ > 0) CHECK_CUDA(cudaMalloc(&data_, count_ * sizeof(T)));
+    // Poison: NaN in every format, and no counter's or list's zero.
+    if (count_ > 0) CHECK_CUDA(cudaMemset(data_, 0xff, count_ * sizeof(T)));
+  }
+  ~DeviceArray() { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  T* get() const { return data_; }
+  void copy_from(const std::vector<T>& host) {
+    if (count_ == 0) return;
+    CHECK_CUDA(cudaMemcpy(data_, host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  std::vector<T> copy() const {
+    std::vector<T> host(count_);
+    if (count_ > 0) {
+      CHECK_CUDA(cudaMemcpy(host.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+    }
+    return host;
+  }
+
+ private:
+  size_t count_;
+  T* data_ = nullptr;
+};
+
+// One problem with its arrays, ready to launch any number of times.
+class Run {
+ public:
+  Run(const Case& c, uint32_t seed)
+      : c_(c),
+        q_(c.problem.batch_q * c.problem.seqlen_q * c.problem.heads_q * c.problem.head_dim),
+        k_(c.problem.batch_k * c.problem.seqlen_k * c.problem.heads_k * c.problem.head_dim),
+        v_(c.problem.batch_v * c.problem.seqlen_k * c.problem.heads_k * c.problem.head_dim),
+        offset_(c.query_offset.size()),
+        out_(c.problem.batch * c.problem.seqlen_q * c.problem.heads_q * c.problem.head_dim),
+        lse_(c.problem.batch * c.problem.seqlen_q * c.problem.heads_q),
+        workspace_(fwd_workspace_bytes(c.problem)) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](DeviceArray<uint16_t>& array, std::vector<float>& host, size_t count,
+                          float factor) {
+      host.resize(count);
+      std::vector<uint16_t> raw(count);
+      for (size_t i = 0; i < count; ++i) {
+        raw[i] = bits(c.problem.dtype, factor * normal(generator));
+        host[i] = value(c.problem.dtype, raw[i]);
+      }
+      array.copy_from(raw);
+    };
+    const Problem& p = c.problem;
+    fill(q_, q_host_, p.batch_q * p.seqlen_q * p.heads_q * p.head_dim, c.query_factor);
+    fill(k_, k_host_, p.batch_k * p.seqlen_k * p.heads_k * p.head_dim, 1.0f);
+    fill(v_, v_host_, p.batch_v * p.seqlen_k * p.heads_k * p.head_dim, 1.0f);
+    offset_.copy_from(c.query_offset);
+  }
+
+  Status launch(cudaStream_t stream) {
+    Device device;
+    if (Status status = current_device(device); !status.ok()) return status;
+    FwdPlan plan;
+    if (Status status = plan_fwd(c_.problem, device, plan); !status.ok()) return status;
+    ctas_ = plan.ctas;
+    return launch_fwd(
+        c_.problem, plan,
+        {q_.get(), k_.get(), v_.get(), offset_.get(), out_.get(), lse_.get(), workspace_.get()},
+        stream);
+  }
+
+  // Rows done again by the classical loop, in groups of 64.
+  int redone() const {
+    int sum = 0;
+    const std::vector<uint8_t> workspace = workspace_.copy();
+    const auto* counts =
+        reinterpret_cast<const uint32_t*>(workspace.data() + FwdWorkspace::kRedoCount);
+    for (int cta = 0; cta < ctas_; ++cta) sum += static_cast<int>(counts[cta]);
+    return sum;
+  }
+
+  // Against the definition, in double. Returns what is wrong, or nothing.
+  std::string verify() const {
+    const Problem& p = c_.problem;
+    const std::vector<uint16_t> out = out_.copy();
+    const std::vector<float> lse = lse_.copy();
+    // Rounding of probabilities and output, on values of a few units.
+    const double tolerance = p.dtype == DType::kBF16 ? 0.06 : 0.008;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const BatchMap& map = p.batch_map;
+      int64_t rest = b, bq = 0, bk = 0, bv = 0;
+      for (int level = map.levels - 1; level >= 0; --level) {
+        const int64_t i = rest % map.size[level];
+        rest /= map.size[level];
+        bq += i * map.q_stride[level];
+        bk += i * map.k_stride[level];
+        bv += i * map.v_stride[level];
+      }
+      for (int64_t n = 0; n < p.heads_q; ++n) {
+        const int64_t head_k = n / (p.heads_q / p.heads_k);
+        for (int64_t t = 0; t < p.seqlen_q; ++t) {
+          const int64_t diagonal = c_.query_offset.empty() ? p.diagonal : c_.query_offset[b];
+          int64_t visible = p.seqlen_k;
+          if (p.mask == MaskKind::kCausal) {
+            visible = std::min<int64_t>(std::max<int64_t>(t + diagonal + 1, 0), p.seqlen_k);
+          }
+          std::vector<double> x(visible);
+          double max = -INFINITY;
+          for (int64_t s = 0; s < visible; ++s) {
+            double dot = 0;
+            for (int64_t h = 0; h < p.head_dim; ++h) {
+              dot += double{q_host_[((bq * p.seqlen_q + t) * p.heads_q + n) * p.head_dim + h]} *
+                     k_host_[((bk * p.seqlen_k + s) * p.heads_k + head_k) * p.head_dim + h];
+            }
+            x[s] = dot * p.scale;
+            max = std::max(max, x[s]);
+          }
+          double sum = 0;
+          for (double& y : x) sum += y = std::exp(y - max);
+          const double wanted_lse = visible == 0 ? -INFINITY : max + std::log(sum);
+          const float got_lse = lse[(b * p.heads_q + n) * p.seqlen_q + t];
+          if (visible == 0 ? got_lse != -INFINITY : !(std::abs(got_lse - wanted_lse) < 2e-3)) {
+            return at(b, n, t) + "lse is " + std::to_string(got_lse) + ", expected " +
+                   std::to_string(wanted_lse);
+          }
+          for (int64_t h = 0; h < p.head_dim; ++h) {
+            double wanted = 0;
+            for (int64_t s = 0; s < visible; ++s) {
+              wanted += x[s] / sum *
+                        v_host_[((bv * p.seqlen_k + s) * p.heads_k + head_k) * p.head_dim + h];
+            }
+            const float got =
+                value(p.dtype, out[((b * p.seqlen_q + t) * p.heads_q + n) * p.head_dim + h]);
+            if (!(std::abs(got - wanted) < tolerance)) {
+              return at(b, n, t) + "out[" + std::to_string(h) + "] is " + std::to_string(got) +
+                     ", expected " + std::to_string(wanted);
+            }
+          }
+        }
+      }
+    }
+    return "";
+  }
+
+ private:
+  static std::string at(int64_t b, int64_t n, int64_t t) {
+    return "batch " + std::to_string(b) + ", head " + std::to_string(n) + ", query " +
+           std::to_string(t) + ": ";
+  }
+
+  Case c_;
+  DeviceArray<uint16_t> q_, k_, v_;
+  DeviceArray<int32_t> offset_;
+  DeviceArray<uint16_t> out_;
+  DeviceArray<float> lse_;
+  DeviceArray<uint8_t> workspace_;
+  std::vector<float> q_host_, k_host_, v_host_;
+  int ctas_ = 0;
+};
+
+Case make(std::string name, DType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+          int64_t heads_q, int64_t heads_k, int64_t head_dim, MaskKind mask) {
+  Case c;
+  c.name = std::move(name);
+  Problem& p = c.problem;
+  p.dtype = dtype;
+  p.batch = p.batch_q = p.batch_k = p.batch_v = batch;
+  p.batch_map.size[0] = static_cast<int32_t>(batch);
+  p.seqlen_q = seqlen_q;
+  p.seqlen_k = seqlen_k;
+  p.heads_q = heads_q;
+  p.heads_k = heads_k;
+  p.head_dim = head_dim;
+  p.mask = mask;
+  p.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  return c;
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (int head_dim : {64, 128, 256}) {
+    for (DType dtype : {DType::kBF16, DType::kF16}) {
+      for (MaskKind mask : {MaskKind::kFull, MaskKind::kCausal}) {
+        const std::string what =
+            std::string(name(dtype)) + " d" + std::to_string(head_dim) + " " + name(mask);
+        all.push_back(make(what + " odd lengths", dtype, 2, 67, 131, 4, 2, head_dim, mask));
+        Case peaked = make(what + " peaked", dtype, 1, 130, 259, 2, 1, head_dim, mask);
+        peaked.query_factor = 40.0f;
+        all.push_back(peaked);
+      }
+    }
+    Case offset = make("query_offset d" + std::to_string(head_dim), DType::kBF16, 4, 70, 90, 2, 2,
+                       head_dim, MaskKind::kCausal);
+    offset.problem.has_query_offset = true;
+    offset.query_offset = {-70, -5, 20, 90};
+    all.push_back(offset);
+    Case bottom_right = make("bottom right d" + std::to_string(head_dim), DType::kBF16, 1, 300, 77,
+                             2, 2, head_dim, MaskKind::kCausal);
+    bottom_right.problem.diagonal = 77 - 300;
+    all.push_back(bottom_right);
+    all.push_back(make("no keys d" + std::to_string(head_dim), DType::kBF16, 1, 9, 0, 2, 2,
+                       head_dim, MaskKind::kFull));
+    // More tiles than multiprocessors: persistence, the dynamic counter, the rings' wrap.
+    all.push_back(make("many tiles d" + std::to_string(head_dim), DType::kBF16, 40, 65, 70, 8, 8,
+                       head_dim, MaskKind::kCausal));
+  }
+  Case broadcast = make("keys broadcast", DType::kBF16, 6, 65, 65, 2, 2, 64,
+                        MaskKind::kFull);  // [3, 2] x [1, 2]
+  broadcast.problem.batch_k = broadcast.problem.batch_v = 2;
+  broadcast.problem.batch_map.levels = 2;
+  broadcast.problem.batch_map.size[0] = 3;
+  broadcast.problem.batch_map.size[1] = 2;
+  broadcast.problem.batch_map.q_stride[0] = 2;
+  broadcast.problem.batch_map.q_stride[1] = 1;
+  for (int32_t* stride :
+       {broadcast.problem.batch_map.k_stride, broadcast.problem.batch_map.v_stride}) {
+    stride[0] = 0;
+    stride[1] = 1;
+  }
+  all.push_back(broadcast);
+  return all;
+}
+
+int run_all() {
+  int passed = 0, failed = 0, redone_cases = 0;
+  const auto report = [&](const std::string& name, const std::string& wrong) {
+    if (wrong.empty()) {
+      ++passed;
+    } else {
+      ++failed;
+      std::printf("FAILED %s: %s\n", name.c_str(), wrong.c_str());
+    }
+  };
+  uint32_t seed = 0;
+  for (const Case& c : cases()) {
+    Run run(c, ++seed);
+    const Status status = run.launch(nullptr);
+    CHECK_CUDA(cudaDeviceSynchronize());
+    report(c.name, status.ok() ? run.verify() : status.message);
+    if (c.query_factor > 1) redone_cases += run.redone() > 0;
+  }
+  // Peaked scores are there to leave the range of a lazy reference: that must have happened.
+  report("rows are redone", redone_cases > 0 ? "" : "no peaked case was done again");
+
+  // Two streams at once: nothing is shared between launches.
+  cudaStream_t streams[2];
+  for (cudaStream_t& stream : streams) {
+    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  }
+  Run left(make("", DType::kBF16, 4, 257, 257, 4, 4, 128, MaskKind::kCausal), 1001);
+  Run right(make("", DType::kBF16, 4, 321, 129, 4, 2, 64, MaskKind::kCausal), 1002);
+  for (int i = 0; i < 20; ++i) {
+    report("two streams", left.launch(streams[0]).message);
+    report("two streams", right.launch(streams[1]).message);
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  report("first of two streams", left.verify());
+  report("second of two streams", right.verify());
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace jax_fa3
+
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("no GPU: nothing was tested\n");
+    return 3;
+  }
+  return jax_fa3::run_all();
+}
