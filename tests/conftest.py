@@ -20,6 +20,7 @@ from helpers import missing_extension, missing_gpu, required  # noqa: E402
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs kernels on a GPU of compute capability 9.0")
     config.addinivalue_line("markers", "extension: needs the compiled extension, no GPU")
+    config.addinivalue_line("markers", "optimised: compiled as users compile, not quickly")
     config.addinivalue_line("markers", "big: takes gigabytes of GPU memory or several seconds")
 
 

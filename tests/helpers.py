@@ -175,22 +175,24 @@ def visible(
     key_value_segment_ids=None,
 ):
     """Which key each query sees: bool, broadcastable to [*batch, N, T, S]."""
-    q_index = jnp.arange(t)[:, None]
-    k_index = jnp.arange(s)[None, :]
+    integer = jnp.int64 if jax.config.jax_enable_x64 else jnp.int32
+    q_index = jnp.arange(t, dtype=integer)[:, None]
+    k_index = jnp.arange(s, dtype=integer)[None, :]
     q_len, k_len = (
-        jnp.clip(_per_row(size if length is None else length, batch), 0, size)
+        jnp.clip(_per_row(size if length is None else length, batch).astype(integer), 0, size)
         for length, size in ((query_seq_lengths, t), (key_value_seq_lengths, s))
     )
     of_row = lambda x: x[..., None, None]  # [*batch] against [T, S]
 
     see = (q_index < of_row(q_len)) & (k_index < of_row(k_len))
     if query_offset is not None:
-        offset = _per_row(query_offset, batch)
+        # Past 2^30 every diagonal is out of sight, and sums with it would wrap.
+        offset = jnp.clip(_per_row(query_offset, batch).astype(integer), -(2**30), 2**30)
     elif causal_alignment == "bottom_right":
         offset = k_len - q_len  # the last valid query stands on the last valid key
     else:
-        offset = jnp.zeros(batch, jnp.int32)
-    position = q_index + of_row(offset).astype(jnp.int32)
+        offset = jnp.zeros(batch, integer)
+    position = q_index + of_row(offset)
     if is_causal:
         see &= k_index <= position
     if local_window_size is not None:
@@ -256,8 +258,7 @@ def oracle(
         lse = jnp.swapaxes(jnp.where(alive, jnp.log(safe) + top, -jnp.inf), -1, -2)
 
     if query_seq_lengths is not None:
-        length = jnp.clip(_per_row(query_seq_lengths, batch), 0, t)
-        valid = (jnp.arange(t) < length[..., None])[..., None]
+        valid = visible(batch, t, 1, query_seq_lengths=query_seq_lengths)[..., 0, :, :]
         lse = jnp.where(valid, lse, -jnp.inf)
         out = jnp.where(valid[..., None], out, 0)
     return out, lse
@@ -377,15 +378,20 @@ def assert_finite(tree):
     chex.assert_tree_all_finite(tree)
 
 
-def value_and_pullback(f, args, cotangent):
-    """(f(*args), gradients of every argument) in one compilation."""
+def pullback_of(f):
+    """(args, cotangent) -> (f(*args), gradients of every argument), compiled once a shape."""
 
     @jax.jit
     def both(args, cotangent):
         out, pullback = jax.vjp(f, *args)
         return out, pullback(cotangent)
 
-    return both(args, cotangent)
+    return both
+
+
+def value_and_pullback(f, args, cotangent):
+    """(f(*args), gradients of every argument) in one compilation."""
+    return pullback_of(f)(args, cotangent)
 
 
 def cotangents(f, args):

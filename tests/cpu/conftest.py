@@ -14,9 +14,13 @@ def _on_the_cpu():
 
 
 @pytest.fixture
-def quick_compile():
-    """Compiles in half the time, for tests whose sentence does not depend on XLA's optimiser."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def quick_compile(request):
+    """Compiles in half the time, for tests whose sentence does not depend on XLA's optimiser.
+
+    In a file that uses it throughout, the mark `optimised` takes a test out.
+    """
+    quick = request.node.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

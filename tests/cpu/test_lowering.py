@@ -9,6 +9,7 @@ import re
 
 import helpers
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -354,6 +355,33 @@ def test_custom_call_targets_begin_with_our_name(kernels):
     ours = [t for t in re.findall(r"custom_call @\"?([\w.$-]+)", text) if "fa3" in t]
     assert ours
     assert all(t.startswith("jax_fa3_") for t in ours)
+
+
+def test_float32_matmuls_ask_for_full_precision_on_a_gpu():
+    """Not TF32: float32 is computed in float32, forward and backward."""
+    f = lambda *a: jax_fa3.dot_product_attention(*a, is_causal=True).sum()
+    text = cuda_text(jax.value_and_grad(f, (0, 1, 2)), *qkv(h=64))
+    matmuls = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(matmuls) >= 5
+    assert not [line for line in matmuls if "precision = [HIGHEST, HIGHEST]" not in line]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_export_for_cuda_from_a_machine_without_a_gpu():
+    """The custom call is on no allow-list of JAX's, so the program must say that it is meant."""
+    args = bf16()
+
+    def f(*args):
+        return attend(*args, is_causal=True)
+
+    with pytest.raises(ValueError, match="jax_fa3_fwd_v1"):
+        jax.export.export(jax.jit(f), platforms=["cuda"])(*args)
+    checks = jax_fa3.export_disabled_checks()
+    exported = jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=checks)(*args)
+    assert kernel_calls(exported.mlir_module()) == 1
+    assert exported.platforms == ("cuda",)
+    both = jax.export.export(jax.jit(f), platforms=["cpu", "cuda"], disabled_checks=checks)(*args)
+    helpers.assert_close(both.call(*args), helpers.oracle(*args, is_causal=True)[0], jnp.bfloat16)
 
 
 # --- The compiled extension --------------------------------------------------------------------

@@ -210,10 +210,27 @@ def test_the_command_says_why_there_are_no_kernels():
 
 
 def test_explain_shows_the_choice_for_a_shape():
-    text = run("-m", "jax_fa3", "explain", "--help").stdout
-    assert "--" in text
-    shown = run("-m", "jax_fa3", "explain").stdout
-    assert "fa3" in shown
+    shown = run(
+        "-m", "jax_fa3", "explain", "--head-dim", "128", "--causal", "--heads-k", "4"
+    ).stdout
+    assert "fa3 takes this call" in shown
+    assert "128" in shown
+    if helpers.missing_extension() is None:
+        assert "FwdBf16Hdim128Causal" in shown, "the plan is missing"
+
+
+def test_explain_names_every_reason_against_the_kernels():
+    asked = ["--head-dim", "96", "--soft-cap", "30", "--window", "128", "0", "--bias", "--lengths"]
+    shown = run("-m", "jax_fa3", "explain", *asked).stdout
+    for word in ("xla", "96", "logits_soft_cap", "local_window_size", "bias", "lengths"):
+        assert word in shown
+
+
+def test_explain_shows_a_mistake_as_one_and_fails():
+    done = run("-m", "jax_fa3", "explain", "--heads-q", "6", "--heads-k", "4", check=False)
+    assert done.returncode != 0
+    assert "key" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_bench_has_help():

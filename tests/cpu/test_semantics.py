@@ -17,6 +17,8 @@ from helpers import assert_close, assert_finite, integers, normal, oracle, poiso
 
 import jax_fa3
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 attend = functools.partial(jax_fa3.dot_product_attention, return_residual=True)
 
 
@@ -24,43 +26,45 @@ def reference(*args, **options):
     return jax_fa3.reference.dot_product_attention(*args, **options, return_residual=True)
 
 
-def check(args, *, arrays=None, tolerance=1.0, implementation=None, dtype=None, **options):
+def check(args, *, arrays=None, more=(), tolerance=1.0, **options):
     """Values, lse and the gradient of every float operand, lse's cotangent included.
 
-    `args` is (query, key, value); `arrays` holds the traced options by name.
+    Args:
+      args: query, key, value.
+      arrays: the traced options by name; `more` holds further values for them, which the same
+        compilation must serve.
     """
-    arrays = arrays or {}
+    dtype = args[0].dtype
+
+    def pullback(f, args, arrays, ct):
+        inexact = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        out, pull = jax.vjp(lambda a, r: f(a, {**arrays, **r}), args, inexact)
+        return out, pull(tuple(c.astype(o.dtype) for c, o in zip(ct, out)))
 
     def ours(args, arrays):
-        return attend(*args, **arrays, **options, implementation=implementation)
+        return attend(*args, **arrays, **options)
 
     def exact(args, arrays):
-        return oracle(*(x.astype(jnp.float32) for x in args), **arrays, **options)
+        return oracle(*(x.astype(helpers.wide(dtype)) for x in args), **arrays, **options)
 
-    inexact = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    rest = {n: x for n, x in arrays.items() if n not in inexact}
-    shapes = jax.eval_shape(exact, args, arrays)
-    ct_out, ct_lse = (normal(x.shape) for x in shapes)
-    # Rows without a finite lse have no gradient to speak of through it: their cotangent is zero.
-    ct_lse = jnp.where(jnp.isfinite(jax.jit(exact)(args, arrays)[1]), ct_lse, 0)
+    @jax.jit
+    def both(args, arrays, ct):
+        # A row without a finite lse has no gradient through it to speak of.
+        alive = jnp.isfinite(exact(args, arrays)[1])
+        ct = ct[0], jnp.where(alive, ct[1], 0)
+        return pullback(ours, args, arrays, ct), pullback(exact, args, arrays, ct)
 
-    def run(f):
-        def g(args, inexact):
-            return f(args, {**inexact, **rest})
-
-        def both(args, inexact):
-            out, pullback = jax.vjp(g, args, inexact)
-            return out, pullback((ct_out.astype(out[0].dtype), ct_lse.astype(out[1].dtype)))
-
-        return jax.jit(both)(args, inexact)
-
-    got, wanted = run(ours), run(exact)
-    dtype = dtype or args[0].dtype
-    assert got[0][0].dtype == args[0].dtype
-    assert got[0][1].dtype == helpers.wide(args[0].dtype)
-    assert_close(got[0], wanted[0], dtype, scale=tolerance)
-    # A gradient sums over more terms than a value.
-    assert_close(got[1], wanted[1], dtype, scale=4 * tolerance)
+    for values in (arrays or {}, *more):
+        shapes = jax.eval_shape(exact, args, values)
+        got, wanted = both(args, values, tuple(normal(x.shape) for x in shapes))
+        assert got[0][0].dtype == dtype
+        assert got[0][1].dtype == helpers.wide(dtype)
+        try:
+            assert_close(got[0], wanted[0], dtype, scale=tolerance)
+            # A gradient sums over more terms than a value.
+            assert_close(got[1], wanted[1], dtype, scale=4 * tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{values} {options}: {error}") from error
 
 
 def bf16_qkv(**sizes):
@@ -106,17 +110,16 @@ def test_out_has_the_query_dtype_and_lse_is_float32(dtype):
 # --- Scale -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [0.3, -0.7, 0.0, np.float32(1.5), np.float64(-0.25), 3])
+@pytest.mark.parametrize("scale", [0.3, -0.7, 0.0, np.float32(1.5), 3])
 def test_static_scale_of_any_sign(scale):
     check(qkv(), scale=scale)
 
 
-@pytest.mark.parametrize("scale", [0.4, -0.4, 0.0])
 @pytest.mark.parametrize("make", [qkv, bf16_qkv], ids=["xla", "primitive"])
-def test_array_scale_is_learnable(scale, make):
-    args = make()
-    # Its gradient sums over every score, so it is compared on its own scale.
-    check(args, arrays={"scale": jnp.float32(scale)}, tolerance=4.0)
+def test_array_scale_is_learnable(make):
+    scales = [{"scale": jnp.float32(scale)} for scale in (0.4, -0.4, 0.0)]
+    # Its gradient sums over every score: hence the tolerance.
+    check(make(), arrays=scales[0], more=scales[1:], tolerance=4.0)
 
 
 def test_array_scale_of_the_query_dtype_and_of_float32_agree():
@@ -127,7 +130,7 @@ def test_array_scale_of_the_query_dtype_and_of_float32_agree():
 
 # --- Causal, windows, offsets ----------------------------------------------------------------
 
-LENGTHS = [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)]
+LENGTHS = [(6, 6), (4, 9), (9, 4), (1, 5)]
 
 
 @pytest.mark.parametrize("make", [qkv, bf16_qkv], ids=["xla", "primitive"])
@@ -137,7 +140,7 @@ def test_causal_alignment(make, t, s, alignment):
     check(make(t=t, s=s), is_causal=True, causal_alignment=alignment)
 
 
-@pytest.mark.parametrize("window", [0, 2, (3, 1), (None, 0), (0, None), (None, None), (2, None)])
+@pytest.mark.parametrize("window", [0, (3, 1), (None, 0), (None, None), (2, None)])
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 def test_window_is_inclusive_and_none_is_unbounded(window, alignment):
     check(qkv(t=6, s=9), local_window_size=window, causal_alignment=alignment)
@@ -154,9 +157,13 @@ def test_window_together_with_causal(window):
 
 
 @pytest.mark.parametrize("make", [qkv, bf16_qkv], ids=["xla", "primitive"])
-@pytest.mark.parametrize("offset", [0, 3, -2, 50, -50, [4, -1], [-9, 9]])
-def test_query_offset_places_the_diagonal(make, offset):
-    check(make(t=5, s=7), arrays={"query_offset": jnp.asarray(offset)}, is_causal=True)
+@pytest.mark.parametrize(
+    "offsets", [[0, 3, -2, 7, -5, 50, -50], [[4, -1], [-9, 9], [0, 0]]], ids=["scalar", "row"]
+)
+def test_query_offset_places_the_diagonal(make, offsets):
+    """Negative and past the end too; one compilation serves them all."""
+    offsets = [{"query_offset": jnp.asarray(offset)} for offset in offsets]
+    check(make(t=5, s=7), arrays=offsets[0], more=offsets[1:], is_causal=True)
 
 
 def test_query_offset_with_a_window():
@@ -196,20 +203,22 @@ def test_query_offset_is_traced():
 # --- Lengths ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "lengths",
-    [
-        {"key_value_seq_lengths": [7, 3]},
-        {"key_value_seq_lengths": [0, 1]},
-        {"query_seq_lengths": [2, 5]},
-        {"query_seq_lengths": [0, 4], "key_value_seq_lengths": [6, 2]},
-        {"query_seq_lengths": [-3, 99], "key_value_seq_lengths": [99, -1]},
+LENGTHS_OF = {
+    "keys": [{"key_value_seq_lengths": x} for x in ([7, 3], [0, 1], [99, -1])],
+    "queries": [{"query_seq_lengths": x} for x in ([2, 5], [0, 1], [-3, 99])],
+    "both": [
+        {"query_seq_lengths": x, "key_value_seq_lengths": y}
+        for x, y in (([0, 4], [6, 2]), ([-3, 99], [99, -1]), ([5, 3], [7, 7]))
     ],
-    ids=["keys", "no keys", "queries", "both", "clipped"],
-)
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS_OF.values(), ids=LENGTHS_OF)
 @pytest.mark.parametrize("rules", [{}, {"is_causal": True}], ids=["full", "causal"])
 def test_lengths(lengths, rules):
-    check(qkv(), arrays={n: jnp.asarray(x) for n, x in lengths.items()}, **rules)
+    """Clipped to [0, T] and [0, S]; one compilation serves them all."""
+    values = [{n: jnp.asarray(x) for n, x in one.items()} for one in lengths]
+    check(qkv(), arrays=values[0], more=values[1:], **rules)
 
 
 def test_bottom_right_follows_each_rows_own_lengths():
@@ -311,14 +320,14 @@ def test_segment_ids_of_unequal_dtypes_compare_by_value():
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 4, 5, 7), (1, 4, 5, 7), (2, 1, 1, 7), (4, 5, 7), (1, 5, 1), (5, 7), (7,), ()],
+    [(2, 4, 5, 7), (2, 1, 1, 7), (1, 5, 1), (5, 7), ()],
     ids=str,
 )
 def test_bias_broadcasts_and_has_a_gradient(shape):
     check(qkv(), arrays={"bias": normal(shape)})
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (2, 1, 5, 7), (4, 1, 7), (5, 7), (1, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 5, 7), (4, 1, 7), (5, 7)], ids=str)
 def test_mask_broadcasts(shape):
     check(qkv(), arrays={"mask": normal(shape) > -0.5})
 
@@ -377,7 +386,6 @@ def test_sinks_gradient_keeps_their_dtype():
     ids=str,
 )
 def test_zero_and_one_sized_dimensions(make, sizes):
-    check(make(**sizes))
     check(make(**sizes), is_causal=True, causal_alignment="bottom_right")
 
 
@@ -406,18 +414,17 @@ def test_fully_masked_row_gives_zero_minus_infinity_and_no_gradient(make):
     """T > S aligned bottom right: the first T - S queries see nothing."""
     args = make(t=9, s=4)
     rules = {"is_causal": True, "causal_alignment": "bottom_right"}
-    f = lambda *args: attend(*args, **rules)
-    out, lse = jax.jit(f)(*args)
+    run = helpers.pullback_of(lambda *args: attend(*args, **rules))
+    ones = tuple(jnp.ones(x.shape, x.dtype) for x in jax.eval_shape(attend, *args))
+    (out, lse), (dq, dk, dv) = run(args, ones)
     assert (out[:, :5] == 0).all()
     assert jnp.isneginf(lse[:, :5]).all()
     assert jnp.isfinite(lse[:, 5:]).all()
-    ones = (jnp.ones_like(out), jnp.ones_like(lse))
-    _, (dq, dk, dv) = helpers.value_and_pullback(f, args, ones)
     assert_finite((dq, dk, dv))
     assert (dq[:, :5] == 0).all()
     # The masked rows' cotangents reach neither keys nor values.
     other = tuple(x.at[:, :5].set(7) for x in ones)
-    _, (_, dk2, dv2) = helpers.value_and_pullback(f, args, other)
+    _, (_, dk2, dv2) = run(args, other)
     helpers.assert_same_bits((dk, dv), (dk2, dv2))
 
 
@@ -443,11 +450,12 @@ def test_rows_without_a_key_whatever_hid_them(options, with_sinks):
     def f(q, k, v):
         return attend(q, k, v, sinks=sinks, **options)
 
-    out, lse = jax.jit(f)(q, k, v)
+    shapes = jax.eval_shape(f, q, k, v)
+    ct = tuple(normal(x.shape) for x in shapes)
+    (out, lse), grads = helpers.value_and_pullback(f, (q, k, v), ct)
     assert (out == 0).all()
     wanted = sinks if with_sinks else jnp.full((4,), -jnp.inf)
     assert_close(lse, jnp.broadcast_to(wanted, lse.shape))
-    grads = helpers.value_and_pullback(f, (q, k, v), (normal(out.shape), normal(lse.shape)))[1]
     assert all((g == 0).all() for g in grads)
 
 
@@ -487,10 +495,9 @@ def assert_poison_stays(args, options, q_len=None, k_len=None, implementation=No
     dirty_ct = (
         ct if q_len is None else (poison(ct[0], q_len, value), poison(ct[1], q_len, value, -2))
     )
-    clean, clean_grads = helpers.value_and_pullback(f, poisoned(args, q_len, k_len, 0.0), clean_ct)
-    dirty, dirty_grads = helpers.value_and_pullback(
-        f, poisoned(args, q_len, k_len, value), dirty_ct
-    )
+    run = helpers.pullback_of(f)
+    clean, clean_grads = run(poisoned(args, q_len, k_len, 0.0), clean_ct)
+    dirty, dirty_grads = run(poisoned(args, q_len, k_len, value), dirty_ct)
     helpers.assert_same_bits(dirty, clean, "value")
     helpers.assert_same_bits(dirty_grads[1:], clean_grads[1:], "gradient of key and value")
     if k_len is not None:
@@ -505,6 +512,7 @@ def assert_poison_stays(args, options, q_len=None, k_len=None, implementation=No
         helpers.assert_same_bits(*before, "gradient of valid queries")
 
 
+@pytest.mark.optimised  # what the optimiser rewrites must not read padding either
 @pytest.mark.parametrize("value", [NAN, float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize(
     "options",
@@ -525,17 +533,20 @@ def test_padding_is_never_read(options, value):
     assert_poison_stays(qkv(), options, q_len=[3, 5], k_len=[2, 6], value=value)
 
 
+@pytest.mark.optimised  # what the optimiser rewrites must not read padding either
 def test_padding_of_keys_alone_and_of_queries_alone_is_never_read():
     assert_poison_stays(qkv(), {}, k_len=[0, 4])
     assert_poison_stays(qkv(), {}, q_len=[0, 4])
 
 
+@pytest.mark.optimised  # what the optimiser rewrites must not read padding either
 def test_padding_is_never_read_across_key_blocks():
     """Long enough for several blocks, with lengths beside their edges."""
     args = qkv(batch=(3,), t=40, s=1100, n=2, k=1)
     assert_poison_stays(args, {"is_causal": True}, q_len=[33, 1, 40], k_len=[511, 513, 1025])
 
 
+@pytest.mark.optimised  # what the optimiser rewrites must not read padding either
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_padding_is_never_read_in_16_bit(dtype):
     assert_poison_stays(qkv(h=64, dtype=dtype), {"is_causal": True}, q_len=[3, 5], k_len=[2, 6])
@@ -573,14 +584,15 @@ def test_bias_and_sinks_get_no_gradient_from_queries_beyond_their_length():
     lengths = jnp.asarray([3, 5])
     f = lambda b, s, q: attend(q, k, v, b, sinks=s, query_seq_lengths=lengths)
     out, lse = normal((2, 5, 4, 8)), normal((2, 5, 4))
-    grads = []
+    grads, run = [], helpers.pullback_of(f)
     for fill in (0.0, NAN):
         ct = (poison(out, lengths, fill), poison(lse, lengths, fill, -2))
-        grads.append(helpers.value_and_pullback(f, (bias, sinks, poison(q, lengths, fill)), ct)[1])
+        grads.append(run((bias, sinks, poison(q, lengths, fill)), ct)[1])
     helpers.assert_same_bits(grads[1][:2], grads[0][:2])
     assert (grads[1][0][0, :, 3:] == 0).all()
 
 
+@pytest.mark.optimised  # what the optimiser rewrites must not read padding either
 @pytest.mark.parametrize("make", [qkv, bf16_qkv], ids=["xla", "primitive"])
 def test_nan_in_a_valid_query_makes_nan_of_that_row_alone(make):
     q, k, v = make()
@@ -593,6 +605,7 @@ def test_nan_in_a_valid_query_makes_nan_of_that_row_alone(make):
     helpers.assert_same_bits(lse[others], clean[1][others])
 
 
+@pytest.mark.optimised  # what the optimiser rewrites must not read padding either
 @pytest.mark.parametrize(
     "options",
     [
@@ -752,11 +765,11 @@ def test_fp8_gradient_raises_and_names_the_recipe():
     def loss(d):
         return attend(*args, **{**descales, "query_descale": d})[0].astype(jnp.float32).sum()
 
-    with pytest.raises(jax_fa3.UnsupportedError, match="bf16"):
+    with pytest.raises(jax_fa3.UnsupportedError, match=r"bf16|bfloat16"):
         jax.grad(loss)(descales["query_descale"])
     wide = tuple(x.astype(jnp.float32) for x in args)
     through = lambda q: attend(q.astype(F8), *args[1:], **descales)[0].astype(jnp.float32).sum()
-    with pytest.raises(jax_fa3.UnsupportedError, match="bf16"):
+    with pytest.raises(jax_fa3.UnsupportedError, match=r"bf16|bfloat16"):
         jax.grad(through)(wide[0])
 
 
@@ -832,13 +845,13 @@ def random_case(seed):
     return args, arrays, options
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(20))
 def test_any_combination_of_options(seed):
     args, arrays, options = random_case(seed)
     check(args, arrays=arrays, **options, tolerance=2.0)
 
 
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize("seed", range(100, 106))
 def test_any_combination_in_the_reference(seed):
     args, arrays, options = random_case(seed)
     got = jax.jit(lambda a, r: reference(*a, **r, **options))(args, arrays)

@@ -39,8 +39,8 @@ def within_twice(args, causal=False, factor=2):
     """The kernel's error against float32 at most `factor` times that of plain JAX in the dtype."""
     got = compiled(args[0].shape[-1], causal)(*args)
     exact, yardstick = yardsticks(causal)(*args)
-    # Where one key takes everything plain JAX is exact by luck: its probability is 1. Half an ulp for
-    # rounding ours and half for the output remain.
+    # Where one key takes everything plain JAX is exact by luck: its probability is 1. What remains
+    # is half an ulp for rounding ours and half for the output.
     ulp = float(jnp.finfo(args[0].dtype).eps)
     assert_within_reference_error(got[0], yardstick[0], exact[0], factor, epsilon=ulp)
     biggest = float(jnp.abs(exact[1]).max())
