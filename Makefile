@@ -72,10 +72,11 @@ demo: $(call needs,demo)
 	$(say_gpu)
 	$(PY) examples/train_lm.py $(FLAGS)
 
-# GoogleTest first, so that pytest's closing line is the last one. JAX_FA3_STRICT=1 makes warnings errors (CI's pinned versions).
+# GoogleTest first, so that pytest's closing line is the last one. JAX_FA3_STRICT=1 makes warnings errors (CI's pinned
+# versions). An environment given by PY may lack pytest's plugins.
 test: $(call needs,test) gtest
 	$(say_gpu)
-	$(PY) -m pytest -n $(WORKERS) --timeout 600 $(if $(filter 1,$(JAX_FA3_STRICT)),-W error) $(PYTEST)
+	$(PY) -m pytest $$($(PY) -c 'import pytest_timeout, xdist' 2>/dev/null && printf '%s ' -n $(WORKERS) --timeout 600) $(if $(filter 1,$(JAX_FA3_STRICT)),-W error) $(PYTEST)
 
 gtest: $(call needs,test)
 	@if ! echo '#include <gtest/gtest.h>' | $${CXX:-c++} -x c++ -E - >/dev/null 2>&1; then \
