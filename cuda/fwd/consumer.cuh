@@ -148,6 +148,7 @@ class FwdConsumer {
   // blocks pass.
   __device__ __forceinline__ void redo() {
     const uint32_t drained = ptx::shared_address(&rings_.redo->drained);
+    __syncwarp();  // the arriving lane speaks for what its warp has stored
     if (ptx::lane_index() == 0) ptx::mbarrier_arrive(drained);
     ptx::mbarrier_wait(drained, 0);
     uint32_t count = 0;

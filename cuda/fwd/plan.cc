@@ -15,7 +15,8 @@ constexpr int64_t kMaxSeqlen = int64_t{1} << 29;
 // 32 MB measured best of 16, 32, 50 in the prototypes (batch 2, seq 8192, head dim 128, H200).
 constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
 
-constexpr int64_t kMaxTiles = (int64_t{1} << 31) - 1;
+// The redo list counts warpgroups of tiles, up to four a tile, in 32 bits.
+constexpr int64_t kMaxTiles = (int64_t{1} << 29) - 1;
 
 Status check(const Problem& p) {
   std::ostringstream why;
@@ -63,7 +64,7 @@ Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
   const int64_t m_tiles = ceil_div<int64_t>(problem.seqlen_q, found->config.tile_m());
   const int64_t pairs = problem.batch * problem.heads_q;
   if (pairs > 0 && m_tiles > kMaxTiles / pairs) {
-    return Status::unimplemented("more than 2^31 query tiles: " + describe(problem));
+    return Status::unimplemented("more than 2^29 query tiles: " + describe(problem));
   }
   const int64_t tiles = m_tiles * pairs;
 
