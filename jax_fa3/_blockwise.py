@@ -156,12 +156,17 @@ def backward(
         i, j = pair
         q, k, v, dout = _get(qs, i), _get(ks, j), _get(vs, j), _get(douts, i)
         scores, keep, slope = tiles.scores(edge, i, j, q, k)
+        if keep is not None:
+            # Before exp: a hidden score may be far above lse, and a second derivative would
+            # multiply exp's infinity by zero.
+            scores = jnp.where(keep, scores, -jnp.inf)
         probs = jnp.exp(scores - _get(lses, i)[..., None])
         dprobs = tiles.matmul(dout, v, "...kgqd,...ksd->...kgqs")
         dscores = probs * (dprobs - _get(deltas, i)[..., None])
         if slope is not None:
             dscores = dscores * slope
         if keep is not None:
+            # After it too: NaN in a row's lse would reach the keys that the row does not see.
             probs = jnp.where(keep, probs, 0)
             dscores = jnp.where(keep, dscores, 0)
         if with_bias_gradient:
@@ -384,6 +389,8 @@ class _Tiles:
 
         if edge and self.num_k * self.block_k > self.seqlen_k:
             keep.append(s < self.seqlen_k)
+        if o.query_seq_lengths is not None:  # a bias may hold anything there
+            keep.append(over_heads((t < o.query_seq_lengths[..., None])[..., :, None]))
         if o.key_value_seq_lengths is not None:
             keep.append(over_heads((s < o.key_value_seq_lengths[..., None])[..., None, :]))
         if self.has_positions:

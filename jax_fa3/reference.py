@@ -159,14 +159,13 @@ def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
 
 
 def visible(spec: AttentionSpec, operands: Operands) -> Array:
-    """Which keys each query sees: bool, broadcastable to [*batch, N, T, S].
-
-    Whether the query itself lies within its length is not asked here.
-    """
+    """Which keys each query sees: bool, broadcastable to [*batch, N, T, S]."""
     o = operands
     seqlen_q, seqlen_k = o.query.shape[-3], o.key.shape[-3]
     see = jnp.ones((1, seqlen_q, seqlen_k), bool)
 
+    if o.query_seq_lengths is not None:
+        see &= _exists(o.query_seq_lengths, seqlen_q)[..., None, :, None]
     if o.key_value_seq_lengths is not None:
         see &= _exists(o.key_value_seq_lengths, seqlen_k)[..., None, None, :]
     if o.query_segment_ids is not None and o.key_value_segment_ids is not None:
