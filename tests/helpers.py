@@ -437,7 +437,8 @@ def cuda_text(f, *args) -> str:
 def _functions(text: str) -> dict[str, str]:
     found = {}
     for chunk in re.split(r"(?m)^(?=\s*func\.func )", text)[1:]:
-        found[re.match(r"\s*func\.func (?:\w+ )?@\"?([\w.$-]+)", chunk)[1]] = chunk
+        (name,) = re.findall(r"^\s*func\.func (?:\w+ )?@\"?([\w.$-]+)", chunk)
+        found[name] = chunk
     return found
 
 

@@ -1,4 +1,6 @@
 """Every call that works with jax.nn.dot_product_attention works here, with the same meaning."""
+# Options and arrays reach typed functions through ** and *.
+# pyright: reportArgumentType=false, reportCallIssue=false
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import inspect

@@ -1,4 +1,6 @@
 """Who takes a call, who refuses it and with which words."""
+# Options and arrays reach typed functions through ** and *.
+# pyright: reportArgumentType=false, reportCallIssue=false
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools
@@ -196,7 +198,7 @@ def random_call(seed):
 def test_is_supported_and_explain_agree_with_dispatch(chunk):
     """A random sample; questions are asked of arrays and of their shapes."""
     answers = []
-    for seed in range(chunk * 40, chunk * 40 + 40):
+    for seed in range(chunk * 24, chunk * 24 + 24):
         args, options = random_call(seed)
         supported = jax_fa3.is_supported(*args, **options, implementation="fa3")
         answers.append(supported)
@@ -219,7 +221,7 @@ def test_is_supported_and_explain_agree_with_dispatch(chunk):
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
         assert supported == jax_fa3.is_supported(*structs, **options, implementation="fa3")
         assert str(jax_fa3.explain(*structs, **options)) == text
-    assert 5 < sum(answers) < 35, "the sample must hold both answers"
+    assert 3 < sum(answers) < 21, "the sample must hold both answers"
 
 
 def test_questions_take_structs_for_every_array():
@@ -404,6 +406,6 @@ def test_config_sets_the_default_of_deterministic_backward(monkeypatch):
 
 def test_config_refuses_names_and_values_that_mean_nothing():
     with pytest.raises(AttributeError):
-        jax_fa3.config.deterministic = True
+        setattr(jax_fa3.config, "deterministic", True)  # noqa: B010
     with pytest.raises(TypeError, match="deterministic_backward"):
-        jax_fa3.config.deterministic_backward = "yes"
+        setattr(jax_fa3.config, "deterministic_backward", "yes")  # noqa: B010

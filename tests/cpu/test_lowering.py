@@ -32,7 +32,7 @@ def call(args, **options):
 
 def attributes(line):
     """The call's attributes, name to MLIR text."""
-    config = re.search(r"mhlo.backend_config = \{([^}]*)\}", line)[1]
+    (config,) = re.findall(r"mhlo.backend_config = \{([^}]*)\}", line)
     return dict(item.split(" = ", 1) for item in config.split(", "))
 
 

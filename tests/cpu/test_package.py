@@ -69,13 +69,13 @@ def test_version_is_the_distributions():
 
 def test_public_functions_have_docstrings_that_answer():
     """What, shapes, units, errors, source."""
-    doc = jax_fa3.dot_product_attention.__doc__
+    doc = jax_fa3.dot_product_attention.__doc__ or ""
     for word in ("[*batch, T, N, H]", "natural log", "Raises", "ValueError", "UnsupportedError"):
         assert word in doc
     for name in inspect.signature(jax_fa3.dot_product_attention).parameters:
         assert name in doc, f"{name} is not documented"
     for name in inspect.signature(jax_fa3.varlen_attention).parameters:
-        assert name in jax_fa3.varlen_attention.__doc__, f"{name} is not documented"
+        assert name in (jax_fa3.varlen_attention.__doc__ or ""), f"{name} is not documented"
 
 
 SIGNATURE = """query key value bias=None mask=None * scale=None is_causal=False

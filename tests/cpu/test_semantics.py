@@ -4,6 +4,8 @@ Float32 inputs run the xla implementation. Bfloat16 inputs of head dim 64 are wh
 with implementation=None they run the primitives' default lowering, so both doors are held to the
 same sentences.
 """
+# Options and arrays reach typed functions through ** and *.
+# pyright: reportArgumentType=false, reportCallIssue=false
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools

@@ -2,6 +2,8 @@
 
 Each names what it got and what it wanted, comes as an exception, and the process lives on.
 """
+# Options and arrays reach typed functions through ** and *.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import jax
 import jax.numpy as jnp

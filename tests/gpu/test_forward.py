@@ -1,4 +1,6 @@
 """The forward kernel's values over shapes, masks, head groups and scales."""
+# Options and arrays reach typed functions through ** and *.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import functools
 

@@ -1,4 +1,6 @@
 """Error bounds, extreme scores, infinities and NaN."""
+# Options and arrays reach typed functions through ** and *.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import functools
 

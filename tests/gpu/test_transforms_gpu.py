@@ -1,4 +1,6 @@
 """vmap, scan and checkpoint around the kernel: values."""
+# Options and arrays reach typed functions through ** and *.
+# pyright: reportArgumentType=false, reportCallIssue=false
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import itertools
