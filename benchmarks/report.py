@@ -11,7 +11,7 @@ same bytes.
     forward        forward.json                        attention.py
     forward_plot   forward.json                        attention.py
     memory         memory.json                         attention.py --mode=length
-    cpu            cpu.json                            cpu_xla.py
+    cpu            cpu_xla.json                        cpu_xla.py
     demo_h200      demo_h200*.json                     examples/train_lm.py --preset=h200
 """
 
@@ -216,18 +216,25 @@ def cpu_block(results):
         [
             f"{row['pass']}, {row['dtype']}, {row['mask']}",
             row["seqlen"],
-            f"{three_digits(row['jax_fa3_seconds'] * 1e3)} ms",
-            f"{three_digits(row['jax_nn_seconds'] * 1e3)} ms",
-            f"{row['jax_fa3_seconds'] / row['jax_nn_seconds']:.2f}",
+            f"{three_digits(row['wall_ms']['jax_fa3'])} ms",
+            f"{three_digits(row['wall_ms']['jax.nn'])} ms",
+            f"{row['wall_ratio']:.2f}",
+            f"{three_digits(row['temporary_mib']['jax_fa3'])} MiB",
+            f"{three_digits(row['temporary_mib']['jax.nn'])} MiB",
         ]
         for row in results["rows"]
     ]
-    header = ["pass, dtype, mask", "T = S", "jax_fa3 xla", "jax.nn", "jax_fa3 / jax.nn"]
+    header = ["pass, dtype, mask", "T = S", "jax_fa3 xla", "jax.nn", "ratio"]
+    header += ["jax_fa3 scratch", "jax.nn scratch"]
+    environment = results["environment"]
+    shape = environment["shape"]
     return (
-        "Time of a call, lower is better.\n\n"
+        f"Time of a call, lower is better: batch {shape['batch']}, {shape['heads']} heads of "
+        f"{shape['head_dim']}; the ratio is the median over {environment['rounds']} interleaved "
+        "rounds of jax_fa3's time over jax.nn's.\n\n"
         + markdown_table(header, table)
-        + f"\n\n{results['device']['kind']}, {results['device']['cores']} cores; JAX "
-        f"{results['versions']['jax']}; {results['date']}."
+        + f"\n\n{environment['cpu']}, {environment['cores']} cores; JAX "
+        f"{environment['versions']['jax']}."
     )
 
 
@@ -503,8 +510,10 @@ def generate(repository):
         figures[FIGURES / "memory.svg"] = memory_figure(length)
     else:
         blocks["memory"] = _not_measured("memory.json", "benchmarks/attention.py --mode=length")
-    cpu = load(repository, "cpu.json", "cpu_xla")
-    blocks["cpu"] = cpu_block(cpu) if cpu else _not_measured("cpu.json", "benchmarks/cpu_xla.py")
+    cpu = load(repository, "cpu_xla.json")
+    blocks["cpu"] = (
+        cpu_block(cpu) if cpu else _not_measured("cpu_xla.json", "benchmarks/cpu_xla.py")
+    )
     runs = [
         json.loads(path.read_text())
         for path in sorted((repository / RESULTS).glob("demo_h200*.json"))
