@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fa3._spec import CORE_RANK, Operands
 
@@ -68,11 +69,6 @@ def _over_explicit_axes(
             "jax.sharding.reshard them to one"
         )
     mesh = meshes.pop()
-    explicit = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    }
     q_type = jax.typeof(operands.query)
     *batch, t, n, _ = _partition(q_type)
     if _shards(n, mesh) > 1 and operands.key.shape[-2] % _shards(n, mesh):
@@ -84,6 +80,8 @@ def _over_explicit_axes(
         for name, x in zip(Operands._fields, operands, strict=True)
         if x is not None
     }
+    # Not all Explicit axes: one over which an outer vmap is sharded may not be named here.
+    used = {axis for spec in inside.values() for axes in spec for axis in _axes(axes)}
     placed = {
         name: jax.sharding.reshard(getattr(operands, name), NamedSharding(mesh, spec))
         for name, spec in inside.items()
@@ -93,13 +91,15 @@ def _over_explicit_axes(
         found = Operands(**{name: placed.get(name) for name in Operands._fields})
         return attend(_vary_alike(found))
 
-    out, lse = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(inside,),
-        out_specs=(PartitionSpec(*batch, None, n_inside), PartitionSpec(*batch, n_inside)),
-        axis_names=explicit,
-    )(placed)
+    if used:
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(inside,),
+            out_specs=(PartitionSpec(*batch, None, n_inside), PartitionSpec(*batch, n_inside)),
+            axis_names=used,
+        )
+    out, lse = local(placed)
     if t is not None or n_inside != n:
         out = jax.sharding.reshard(out, NamedSharding(mesh, PartitionSpec(*batch, t, n)))
         lse = jax.sharding.reshard(lse, NamedSharding(mesh, PartitionSpec(*batch, n, t)))
@@ -112,10 +112,12 @@ def _partition(aval: Any) -> list[Any]:
 
 
 def _shards(axes: Any, mesh: Any) -> int:
-    count = 1
-    for name in axes if isinstance(axes, tuple) else () if axes is None else (axes,):
-        count *= mesh.shape[name]
-    return count
+    return math.prod(mesh.shape[axis] for axis in _axes(axes))
+
+
+def _axes(axes: Any) -> tuple[Any, ...]:
+    """The mesh axes in one entry of a PartitionSpec: None, an axis or a tuple of axes."""
+    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
 def _operand_partition(name: str, x: Any, batch: list[Any], heads: Any) -> PartitionSpec:
