@@ -56,7 +56,8 @@ def _attach_fwd(static, operands, out, lse):
             "inputs, quantise them for the forward pass, and differentiate bfloat16 attention of "
             "the unquantised ones (jax.custom_vjp); or jax.lax.stop_gradient around this one"
         )
-    return (out, lse), (operands, out, lse)
+    # Not the bare out and lse, which stage one made constants: a second derivative passes here.
+    return _attach(static, operands, out, lse), (operands, out, lse)
 
 
 def _attach_bwd(static, residuals, cotangents):
