@@ -29,7 +29,8 @@ from jax_fa3._spec import AttentionSpec, Operands
 # stay in the caches (2 MiB of float32; measured on 2 Zen 3 cores, 10 % slower at four times that),
 # on a GPU it should fill the device, since every tile costs some ten kernel launches.
 _TILE_ELEMENTS = {"cpu": 2**19, "other": 2**24}
-_BLOCK_SIZES = {"cpu": (256, 512), "other": (256, 1024)}  # smallest and largest, queries or keys
+_SMALLEST_BLOCK = 256  # queries or keys of a tile, however many heads share it
+_LARGEST_BLOCK_Q = {"cpu": 512, "other": 1024}
 
 # The probabilities of a float8 call are quantised as P * 2^8: e4m3 ends at 448, so that uses its
 # range and keeps small probabilities out of its subnormals.
@@ -37,7 +38,6 @@ _FLOAT8_HEADROOM = 256.0
 _FLOAT8_BLOCKS = (64, 128)  # tokens that may share one descale
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Attention with its own reverse rule, itself reverse-differentiable any number of times.
 
@@ -49,7 +49,7 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
       (float64 for float64 inputs).
     Raises: UnsupportedError for the gradient of float8 inputs.
     """
-    return forward(spec, operands)
+    return _attention(spec, operands)
 
 
 def _attention_fwd(spec, operands):
@@ -62,9 +62,6 @@ def _attention_fwd(spec, operands):
 
 def _attention_bwd(spec, residuals, cotangents):
     return (backward(spec, *residuals, *cotangents),)
-
-
-attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def forward(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
@@ -114,6 +111,10 @@ def forward(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     return _depending_on(operands, (out.astype(spec.out_dtype), lse))
 
 
+_attention = jax.custom_vjp(forward, nondiff_argnums=(0,))
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
 def backward(
     spec: AttentionSpec, operands: Operands, out: Array, lse: Array, dout: Array, dlse: Array
 ) -> Operands:
@@ -149,7 +150,9 @@ def backward(
     # its left side along rows, twice as fast on XLA:CPU as contracting the rows of both sides.
     qts, doutts = (jnp.moveaxis(x, -1, -3) for x in (qs, douts))
     bias = operands.bias
-    with_bias_gradient = bias is not None and jnp.issubdtype(bias.dtype, jnp.inexact)
+    dbias = None
+    if bias is not None and tiles.bias is not None:
+        dbias = jnp.zeros(tiles.bias.shape, dtype)
 
     def step(edge, carry, pair):
         dqs, dkts, dvts, dbias = carry
@@ -169,7 +172,7 @@ def backward(
             # After it too: NaN in a row's lse would reach the keys that the row does not see.
             probs = jnp.where(keep, probs, 0)
             dscores = jnp.where(keep, dscores, 0)
-        if with_bias_gradient:
+        if dbias is not None:
             dbias = tiles.add_bias_gradient(dbias, i, j, dscores)
         probs, dscores = probs.astype(dout.dtype), dscores.astype(q.dtype)
         dq = tiles.matmul(dscores, k, "...kgqs,...ksh->...kgqh")
@@ -181,7 +184,7 @@ def backward(
         jnp.zeros(qs.shape, dtype),
         jnp.zeros((*ks.shape[:-2], ks.shape[-1], ks.shape[-2]), dtype),
         jnp.zeros((*vs.shape[:-2], vs.shape[-1], vs.shape[-2]), dtype),
-        jnp.zeros(tiles.bias.shape, dtype) if with_bias_gradient else None,
+        dbias,
     )
     dqs, dkts, dvts, dbias = tiles.walk(step, carry)
 
@@ -193,7 +196,7 @@ def backward(
         dk.astype(operands.key.dtype),
         dv.astype(operands.value.dtype),
     )
-    if with_bias_gradient:
+    if bias is not None and dbias is not None:
         dbias = dbias[..., : bias.shape[-2], : bias.shape[-1]]
         gradients = gradients._replace(bias=dbias.reshape(bias.shape).astype(bias.dtype))
     if operands.sinks is not None:
@@ -229,22 +232,20 @@ class _Tiles:
         self.group = self.heads_q // self.heads_k if self.heads_k else 0
         # Not jnp.promote_types, which strict dtype promotion would stop.
         self.compute_dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-        block_q, block_k = _block_sizes(math.prod(self.batch) * self.heads_q)
+        heads = math.prod(self.batch) * self.heads_q
+        block_q, block_k = _block_sizes(heads, self.seqlen_q)
         self.num_q, self.block_q = _cut(self.seqlen_q, block_q)
         self.num_k, self.block_k = _cut(self.seqlen_k, block_k)
-        # Positions replace the distance of indices by one that only the running program knows.
-        self.has_positions = (
-            operands.query_positions is not None or operands.key_positions is not None
-        )
         self.band = _band(spec, operands)
-        self.segments_q = self.segments_k = self.positions_q = self.positions_k = None
-        if operands.query_segment_ids is not None:
-            self.segments_q = _split(operands.query_segment_ids, -1, self.num_q, self.block_q)
-            self.segments_k = _split(operands.key_value_segment_ids, -1, self.num_k, self.block_k)
-        if self.has_positions:
-            positions_q, positions_k = _positions(spec, operands)
-            self.positions_q = _split(positions_q, -1, self.num_q, self.block_q)
-            self.positions_k = _split(positions_k, -1, self.num_k, self.block_k)
+        # Both per token, cut like the queries and the keys.
+        self.segments = self.positions = None
+        if operands.query_segment_ids is not None and operands.key_value_segment_ids is not None:
+            self.segments = self._split_tokens(
+                operands.query_segment_ids, operands.key_value_segment_ids
+            )
+        # They replace the distance of indices by one that only the running program knows.
+        if operands.query_positions is not None or operands.key_positions is not None:
+            self.positions = self._split_tokens(*_positions(spec, operands))
         self.bias = self._grouped(operands.bias)
         self.mask = self._grouped(operands.mask)
 
@@ -303,6 +304,11 @@ class _Tiles:
         """[num_k, *batch, K, block_k, H] -> [*batch, S, K, H]."""
         return _join(jnp.moveaxis(x, -2, -3), -3, self.seqlen_k)
 
+    def _split_tokens(self, x, y):
+        """[*batch, T], [*batch, S] -> [num_q, *batch, block_q], [num_k, *batch, block_k]."""
+        x = _split(x, -1, self.num_q, self.block_q)
+        return x, _split(y, -1, self.num_k, self.block_k)
+
     def split_rows(self, x):
         """[*batch, N, T] -> [num_q, *batch, K, G, block_q]."""
         x = _split(x, -1, self.num_q, self.block_q)
@@ -336,7 +342,7 @@ class _Tiles:
     def _visible_tiles(self):
         """Bool arrays [num_q, num_k]: which tiles are visible, and which an edge cuts."""
         low, high = -math.inf, math.inf
-        if not self.has_positions and self.band.is_static:
+        if self.positions is None and self.band.is_static:
             low = low if self.band.low is None else self.band.low
             high = high if self.band.high is None else self.band.high
         first_q = np.arange(self.num_q)[:, None] * self.block_q
@@ -393,8 +399,8 @@ class _Tiles:
             keep.append(over_heads((t < o.query_seq_lengths[..., None])[..., :, None]))
         if o.key_value_seq_lengths is not None:
             keep.append(over_heads((s < o.key_value_seq_lengths[..., None])[..., None, :]))
-        if self.has_positions:
-            place_q, place_k = _get(self.positions_q, i), _get(self.positions_k, j)
+        if self.positions is not None:
+            place_q, place_k = _get(self.positions[0], i), _get(self.positions[1], j)
             distance = place_k[..., None, :] - place_q[..., :, None]
             keep += [over_heads(x) for x in _inside(self.band, distance)]
         elif self.band.is_static:
@@ -402,8 +408,8 @@ class _Tiles:
                 keep += _inside(self.band, s[None, :] - t[:, None])
         else:
             keep += [over_heads(x) for x in _inside(self.band, s[None, :] - t[:, None])]
-        if self.segments_q is not None:
-            ids_q, ids_k = _get(self.segments_q, i), _get(self.segments_k, j)
+        if self.segments is not None:
+            ids_q, ids_k = _get(self.segments[0], i), _get(self.segments[1], j)
             keep.append(over_heads(ids_q[..., :, None] == ids_k[..., None, :]))
         if self.mask is not None:
             keep.append(self._tile_of(self.mask, i, j))
@@ -520,16 +526,22 @@ def _inside(band: _Band, distance: Array) -> list[Array]:
     return keep
 
 
-def _block_sizes(heads: int) -> tuple[int, int]:
+def _block_sizes(heads: int, seqlen_q: int) -> tuple[int, int]:
     """Largest number of queries and of keys in a tile that `heads` heads (times batch) share.
 
-    The backend here only tunes speed: a program that is lowered for another one stays right.
+    Few queries leave room for more keys: a decoding step walks over few tiles. The backend here
+    only tunes speed: a program that is lowered for another one stays right.
     """
     backend = "cpu" if jax.default_backend() == "cpu" else "other"
-    smallest, largest = _BLOCK_SIZES[backend]
-    doublings = max(1, _TILE_ELEMENTS[backend] // max(1, heads)).bit_length() - 1
-    block_q, block_k = 2 ** (doublings // 2), 2 ** (doublings - doublings // 2)
-    return min(max(block_q, smallest), largest), min(max(block_k, smallest), largest)
+    area = _TILE_ELEMENTS[backend] // max(1, heads)
+    block_q = min(max(math.isqrt(area), _SMALLEST_BLOCK), _LARGEST_BLOCK_Q[backend])
+    block_k = max(area // max(1, min(block_q, seqlen_q)), _SMALLEST_BLOCK)
+    return _power_of_two(block_q), _power_of_two(block_k)
+
+
+def _power_of_two(x: int) -> int:
+    """The largest one that is at most x >= 1."""
+    return 1 << (x.bit_length() - 1)
 
 
 def _depending_on(inputs, outputs):
