@@ -3,6 +3,8 @@
 // meaning takes a new version in the name.
 #include "ffi/fwd.h"
 
+#include <string_view>
+
 #include "cuda/fwd/launch.h"
 #include "cuda/fwd/plan.h"
 #include "ffi/problem.h"
@@ -39,9 +41,17 @@ Status read_attributes(const ffi::Dictionary& dictionary, FwdAttributes& attribu
   read(dictionary, "is_causal", "i1", attributes.is_causal, wrong);
   read(dictionary, "diagonal", "i64", attributes.diagonal, wrong);
   read(dictionary, "has_query_offset", "i1", attributes.has_query_offset, wrong);
-  if (dictionary.size() != 4) {
+  // Benchmarks may name a configuration; a program never does.
+  size_t expected = 4;
+  if (dictionary.contains("config")) {
+    std::string_view config;
+    read(dictionary, "config", "string", config, wrong);
+    attributes.config = config;
+    ++expected;
+  }
+  if (dictionary.size() != expected) {
     wrong += std::string(wrong.empty() ? "" : "; ") + "got " + std::to_string(dictionary.size()) +
-             " attributes, expected 4";
+             " attributes, expected " + std::to_string(expected);
   }
   return wrong.empty() ? Status{} : Status::invalid_argument(wrong);
 }

@@ -34,7 +34,8 @@ std::vector<std::string> kernels() {
 }
 
 Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal) {
+                int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
+                const std::string& config) {
   if (dtype != name(DType::kBF16) && dtype != name(DType::kF16)) {
     throw nb::value_error(("dtype is " + dtype + ", expected bfloat16 or float16").c_str());
   }
@@ -47,15 +48,20 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64
   p.heads_k = heads_k;
   p.head_dim = head_dim;
   p.mask = is_causal ? MaskKind::kCausal : MaskKind::kFull;
+  if (!config.empty()) {
+    p.config = find_fwd_config(config);
+    if (p.config < 0)
+      throw nb::value_error(("config is " + config + ", expected a kernel").c_str());
+  }
   return p;
 }
 
 // Throws ValueError for a problem without a plan.
 std::string describe_plan(const std::string& dtype, int64_t batch, int64_t seqlen_q,
                           int64_t seqlen_k, int64_t heads_q, int64_t heads_k, int64_t head_dim,
-                          bool is_causal) {
+                          bool is_causal, const std::string& config) {
   const Problem p =
-      problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, is_causal);
+      problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, is_causal, config);
   FwdPlan plan;
   const Status status = plan_fwd(p, Device{}, plan);
   if (!status.ok()) throw nb::value_error(status.message.c_str());
@@ -63,9 +69,10 @@ std::string describe_plan(const std::string& dtype, int64_t batch, int64_t seqle
 }
 
 int64_t workspace_bytes(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                        int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal) {
+                        int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
+                        const std::string& config) {
   return fwd_workspace_bytes(
-      problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, is_causal));
+      problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, is_causal, config));
 }
 
 // As cudaDriverGetVersion counts (13000 for CUDA 13.0); 0 without a driver.
@@ -82,9 +89,9 @@ NB_MODULE(_jax_fa3, m) {
   m.def("supported_head_dims", &supported_head_dims);
   m.def("kernels", &kernels);
   m.def("describe_plan", &describe_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-        "heads_q"_a, "heads_k"_a, "head_dim"_a, "is_causal"_a);
+        "heads_q"_a, "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "");
   m.def("fwd_workspace_bytes", &workspace_bytes, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-        "heads_q"_a, "heads_k"_a, "head_dim"_a, "is_causal"_a);
+        "heads_q"_a, "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "");
   m.def("driver_version", &driver_version);
   m.def("cuda_version", [] { return CUDART_VERSION; });
   m.def("ffi_api_version",

@@ -155,6 +155,11 @@ Status fwd_problem(const FwdShapes& shapes, const FwdAttributes& attributes, Pro
   problem.diagonal = attributes.diagonal;
   problem.has_query_offset = attributes.has_query_offset;
   problem.scale = attributes.scale;
+  if (!attributes.config.empty()) {
+    problem.config = find_fwd_config(attributes.config);
+    if (problem.config < 0) wrong.add("config", attributes.config, "the name of a kernel");
+    if (Status status = wrong.status(); !status.ok()) return status;
+  }
   if (Status status = batch_map(batch, shapes.query, shapes.key, shapes.value, problem.batch_map);
       !status.ok()) {
     return status;

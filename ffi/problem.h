@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "cuda/core/problem.h"
@@ -30,6 +31,7 @@ struct FwdAttributes {
   bool is_causal;
   int64_t diagonal;
   bool has_query_offset;
+  std::string config;  // name of a configuration to force; empty: the plan chooses
 };
 
 // InvalidArgument lists every mismatch at once.

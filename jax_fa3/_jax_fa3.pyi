@@ -16,8 +16,9 @@ def describe_plan(
     heads_k: int,
     head_dim: int,
     is_causal: bool,
+    config: str = "",
 ) -> str:
-    """The plan of a forward call as text."""
+    """The plan of a forward call as text; `config` forces one of kernels()."""
 
 def fwd_workspace_bytes(
     dtype: str,
@@ -28,8 +29,9 @@ def fwd_workspace_bytes(
     heads_k: int,
     head_dim: int,
     is_causal: bool,
+    config: str = "",
 ) -> int:
-    """Size of the forward's workspace result."""
+    """Size of the forward's workspace result; `config` forces one of kernels()."""
 
 def ffi_api_version() -> tuple[int, int]:
     """(major, minor) of the XLA FFI headers it was compiled against."""

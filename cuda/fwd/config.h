@@ -184,8 +184,19 @@ struct NamedFwdConfig {
   X(FwdF16Hdim256Full)         \
   X(FwdF16Hdim256Causal)
 
+// Variants to measure, not to ship: only in a build with JAX_FA3_ABLATION=ON. They follow the
+// others, so that the plan never chooses one; a benchmark names it.
+#ifndef JAX_FA3_ABLATION
+#define JAX_FA3_FWD_VARIANTS(X)
+#else
+}  // namespace jax_fa3
+#include "cuda/fwd/ablation/variants.h"
+namespace jax_fa3 {
+#endif
+
 #define JAX_FA3_NAMED(config) NamedFwdConfig{#config, config::value},
-inline constexpr NamedFwdConfig kFwdConfigs[] = {JAX_FA3_FWD_CONFIGS(JAX_FA3_NAMED)};
+inline constexpr NamedFwdConfig kFwdConfigs[] = {JAX_FA3_FWD_CONFIGS(JAX_FA3_NAMED)
+                                                     JAX_FA3_FWD_VARIANTS(JAX_FA3_NAMED)};
 #undef JAX_FA3_NAMED
 inline constexpr size_t kFwdConfigCount = sizeof(kFwdConfigs) / sizeof(kFwdConfigs[0]);
 

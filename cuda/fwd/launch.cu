@@ -18,7 +18,8 @@ namespace {
 
 using Launcher = cudaError_t (*)(int, const FwdParams&, cudaStream_t);
 #define JAX_FA3_LAUNCHER(config) &launch_config<config>,
-constexpr Launcher kLaunchers[] = {JAX_FA3_FWD_CONFIGS(JAX_FA3_LAUNCHER)};
+constexpr Launcher kLaunchers[] = {JAX_FA3_FWD_CONFIGS(JAX_FA3_LAUNCHER)
+                                       JAX_FA3_FWD_VARIANTS(JAX_FA3_LAUNCHER)};
 #undef JAX_FA3_LAUNCHER
 
 Status cuda_error(cudaError_t error, const char* expression) {

@@ -40,24 +40,42 @@ Status check(const Problem& p) {
   return {};
 }
 
+bool takes(const FwdConfig& config, const Problem& p) {
+  return config.dtype == p.dtype && config.head_dim == p.head_dim && config.mask == p.mask;
+}
+
+Status choose(const Problem& problem, const NamedFwdConfig*& found) {
+  if (problem.config >= 0) {
+    found = &kFwdConfigs[problem.config];
+    if (takes(found->config, problem)) return {};
+    return Status::invalid_argument(std::string("config ") + found->name + " is not for " +
+                                    describe(problem));
+  }
+  const NamedFwdConfig* const end = kFwdConfigs + kFwdConfigCount;
+  found = std::find_if(kFwdConfigs, end,
+                       [&](const NamedFwdConfig& named) { return takes(named.config, problem); });
+  if (found != end) return {};
+  std::ostringstream why;
+  why << "no forward kernel for " << name(problem.dtype) << ", head_dim " << problem.head_dim
+      << ", " << name(problem.mask) << "; there are:";
+  for (const NamedFwdConfig& named : kFwdConfigs) why << " " << named.name;
+  return Status::unimplemented(why.str());
+}
+
 }  // namespace
+
+int find_fwd_config(const std::string& name) {
+  for (size_t i = 0; i < kFwdConfigCount; ++i) {
+    if (name == kFwdConfigs[i].name) return static_cast<int>(i);
+  }
+  return -1;
+}
 
 Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
   if (Status status = check(problem); !status.ok()) return status;
 
-  const NamedFwdConfig* const end = kFwdConfigs + kFwdConfigCount;
-  const NamedFwdConfig* const found =
-      std::find_if(kFwdConfigs, end, [&](const NamedFwdConfig& named) {
-        return named.config.dtype == problem.dtype && named.config.head_dim == problem.head_dim &&
-               named.config.mask == problem.mask;
-      });
-  if (found == end) {
-    std::ostringstream why;
-    why << "no forward kernel for " << name(problem.dtype) << ", head_dim " << problem.head_dim
-        << ", " << name(problem.mask) << "; there are:";
-    for (const NamedFwdConfig& named : kFwdConfigs) why << " " << named.name;
-    return Status::unimplemented(why.str());
-  }
+  const NamedFwdConfig* found = nullptr;
+  if (Status status = choose(problem, found); !status.ok()) return status;
   plan = FwdPlan{};
   plan.config_index = found - kFwdConfigs;
 

@@ -23,6 +23,9 @@ struct FwdPlan {
   const NamedFwdConfig& named() const { return kFwdConfigs[config_index]; }
 };
 
+// Index into kFwdConfigs of the configuration with this name, -1 where there is none.
+int find_fwd_config(const std::string& name);
+
 // The plan, or why there is none.
 Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan);
 

@@ -50,6 +50,17 @@ TEST(Plan, EveryDtypeHeadDimAndMaskHasItsConfiguration) {
   }
 }
 
+TEST(Plan, AForcedConfigurationRunsOrSaysWhyNot) {
+  Problem p = problem(2, 512, 16, 128, MaskKind::kFull);
+  p.config = find_fwd_config("FwdBf16Hdim128Full");
+  ASSERT_GE(p.config, 0);
+  EXPECT_EQ(planned(p).config_index, static_cast<size_t>(p.config));
+  p.config = find_fwd_config("FwdBf16Hdim128Causal");
+  const std::string message = refused(p, StatusCode::kInvalidArgument);
+  EXPECT_NE(message.find("config FwdBf16Hdim128Causal is not for"), std::string::npos);
+  EXPECT_EQ(find_fwd_config("Nonesuch"), -1);
+}
+
 TEST(Plan, ConfigurationsFitTheirMultiprocessor) {
   for (const NamedFwdConfig& named : kFwdConfigs) EXPECT_TRUE(named.config.fits()) << named.name;
 }

@@ -47,6 +47,11 @@ def test_the_direct_call_itself_is_right():
     check((out, jnp.swapaxes(lse, 1, 2)), *operands)
 
 
+def test_a_configuration_can_be_forced():
+    operands, (out, lse, _) = launch(attributes={"config": "FwdBf16Hdim64Full"})
+    check((out, jnp.swapaxes(lse, 1, 2)), *operands)
+
+
 OFFSET = {"has_query_offset": np.bool_(True), "is_causal": np.bool_(True)}
 WRONG = {
     "key heads": ({"shapes": {"key": (B, S, 3, H), "value": (B, S, 3, H)}}, ["key", "3", "4"]),
@@ -91,6 +96,12 @@ WRONG = {
         ["query_offset", "int32"],
     ),
     "attribute missing": ({"drop": ("diagonal",)}, ["diagonal"]),
+    "config without a kernel": ({"attributes": {"config": "Nonesuch"}}, ["config", "Nonesuch"]),
+    "config for another mask": (
+        {"attributes": {"config": "FwdBf16Hdim64Causal"}},
+        ["FwdBf16Hdim64Causal", "full"],
+    ),
+    "config of another type": ({"attributes": {"config": np.int64(1)}}, ["config", "string"]),
     "attribute of another type": ({"attributes": {"scale": np.float64(1)}}, ["scale"]),
 }
 

@@ -1,0 +1,9 @@
+#include "cuda/fwd/launch.cuh"
+
+namespace jax_fa3 {
+
+#define JAX_FA3_INSTANTIATE(config) \
+  template cudaError_t launch_config<config>(int, const FwdParams&, cudaStream_t);
+JAX_FA3_FWD_VARIANTS_HDIM256(JAX_FA3_INSTANTIATE)
+
+}  // namespace jax_fa3
