@@ -49,4 +49,20 @@ __device__ __forceinline__ void pack_fragments(const float (&d)[kCount],
   for (int i = 0; i < kCount / 2; ++i) fragments[i] = pack<kType>(d[2 * i], d[2 * i + 1]);
 }
 
+// 4 x 4 transpose over a quad: word w of lane q goes to word q of lane w. Four shuffles and no
+// shared memory, so that nothing has to wait for the epilogue.
+__device__ __forceinline__ void quad_transpose(uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t received = __shfl_xor_sync(0xffffffff, odd ? words[i] : words[i + 1], 1);
+    (odd ? words[i] : words[i + 1]) = received;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t received = __shfl_xor_sync(0xffffffff, high ? words[i] : words[i + 2], 2);
+    (high ? words[i] : words[i + 2]) = received;
+  }
+}
+
 }  // namespace jax_fa3

@@ -6,22 +6,6 @@
 
 namespace jax_fa3 {
 
-// 4 x 4 transpose over a quad: word w of lane q goes to word q of lane w. Four shuffles and no
-// shared memory, so that nothing has to wait for the epilogue.
-__device__ __forceinline__ void quad_transpose(uint32_t (&words)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t received = __shfl_xor_sync(0xffffffff, odd ? words[i] : words[i + 1], 1);
-    (odd ? words[i] : words[i + 1]) = received;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t received = __shfl_xor_sync(0xffffffff, high ? words[i] : words[i + 2], 2);
-    (high ? words[i] : words[i + 2]) = received;
-  }
-}
-
 // The row's log-sum-exp in [batch, heads, seqlen_q].
 __device__ __forceinline__ float* lse_address(const FwdParams& params, const Tile& tile, int row) {
   const int64_t pair = static_cast<int64_t>(tile.batch) * params.grid.heads + tile.head;

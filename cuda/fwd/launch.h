@@ -26,7 +26,4 @@ struct FwdBuffers {
 Status launch_fwd(const Problem& problem, const FwdPlan& plan, const FwdBuffers& buffers,
                   CUstream_st* stream);
 
-// The current device, or why the kernels cannot run on it.
-Status current_device(Device& device);
-
 }  // namespace jax_fa3

@@ -5,16 +5,13 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/core/device.h"
 #include "cuda/core/problem.h"
 #include "cuda/core/status.h"
 #include "cuda/core/tile_scheduler.h"
 #include "cuda/fwd/config.h"
 
 namespace jax_fa3 {
-
-struct Device {
-  int sm_count = 132;  // H100 SXM, H200
-};
 
 struct FwdPlan {
   size_t config_index = 0;  // into kFwdConfigs
