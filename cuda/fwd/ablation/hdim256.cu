@@ -1,5 +1,7 @@
+// Empty in a build without variants, for tools that compile every .cu they find.
 #include "cuda/fwd/launch.cuh"
 
+#ifdef JAX_FA3_ABLATION
 namespace jax_fa3 {
 
 #define JAX_FA3_INSTANTIATE(config) \
@@ -7,3 +9,4 @@ namespace jax_fa3 {
 JAX_FA3_FWD_VARIANTS_HDIM256(JAX_FA3_INSTANTIATE)
 
 }  // namespace jax_fa3
+#endif  // JAX_FA3_ABLATION
