@@ -3,42 +3,25 @@
 #include <algorithm>
 #include <sstream>
 
+#include "cuda/core/problem_rules.h"
+
 namespace jax_fa3 {
 namespace {
-
-// Row and key positions, their sums with the diagonal, and byte strides of tensor maps (< 2^40) all
-// stay in range below this.
-constexpr int64_t kMaxSeqlen = int64_t{1} << 29;
 
 // Heads whose keys and values together fill about this much of the 50 MB L2 are worked on at the
 // same time in the longest-first order: more would evict each other, fewer leave CTAs without work.
 // 32 MB measured best of 16, 32, 50 in the prototypes (batch 2, seq 8192, head dim 128, H200).
 constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
 
+// What a split costs, in keys: the time in which a CTA would have done so many more keys of a tile.
+// Both its time a key and the bytes of a partial output grow with rows and head dim, so the ratio
+// holds for every configuration.
+constexpr int64_t kPieceKeys =
+    256;                            // a piece: its query, a first block without overlap, its stores
+constexpr int64_t kJoinKeys = 128;  // reading one piece back
+
 // The redo list counts warpgroups of tiles, up to four a tile, in 32 bits.
 constexpr int64_t kMaxTiles = (int64_t{1} << 29) - 1;
-
-Status check(const Problem& p) {
-  std::ostringstream why;
-  const auto refuse = [&](const char* name, int64_t got, const std::string& wanted) {
-    why << (why.tellp() > 0 ? "; " : "") << name << " is " << got << ", expected " << wanted;
-  };
-  if (p.batch < 0) refuse("batch", p.batch, "at least 0");
-  if (p.seqlen_q < 0 || p.seqlen_q >= kMaxSeqlen) refuse("seqlen_q", p.seqlen_q, "[0, 2^29)");
-  if (p.seqlen_k < 0 || p.seqlen_k >= kMaxSeqlen) refuse("seqlen_k", p.seqlen_k, "[0, 2^29)");
-  if (p.heads_q < 0) refuse("heads_q", p.heads_q, "at least 0");
-  if (p.heads_k <= 0 ? p.heads_q != 0 : p.heads_q % p.heads_k != 0) {
-    refuse("heads_k", p.heads_k, "a divisor of heads_q = " + std::to_string(p.heads_q));
-  }
-  if (p.diagonal < -kMaxSeqlen || p.diagonal > kMaxSeqlen) {
-    refuse("diagonal", p.diagonal, "[-2^29, 2^29]");
-  }
-  if (!(p.scale > 0)) {
-    why << (why.tellp() > 0 ? "; " : "") << "scale is " << p.scale << ", expected above 0";
-  }
-  if (why.tellp() > 0) return Status::invalid_argument(why.str());
-  return {};
-}
 
 bool takes(const FwdConfig& config, const Problem& p) {
   return config.dtype == p.dtype && config.head_dim == p.head_dim && config.mask == p.mask;
@@ -62,7 +45,60 @@ Status choose(const Problem& problem, const NamedFwdConfig*& found) {
   return Status::unimplemented(why.str());
 }
 
+int32_t full_mask_blocks(const FwdConfig& config, const Problem& p) {
+  return static_cast<int32_t>(ceil_div<int64_t>(p.seqlen_k, config.tile_n));
+}
+
+// How the last wave of tiles runs: cut along the keys into as many ranges as end soonest, or whole
+// where no cut ends sooner.
+TailSplit plan_split(const FwdConfig& config, uint32_t tiles, int32_t blocks, int sm_count) {
+  const uint32_t sms = std::min<uint32_t>(sm_count, FwdWorkspace::kMaxCtas);
+  const TailSplit whole = TailSplit::none(tiles, blocks);
+  const uint32_t left = tiles % sms;
+  const int64_t units = int64_t{left} * blocks;
+  if (!config.split_tail || units == 0 || units >> 31 != 0) return whole;
+
+  uint32_t best = 0;
+  int64_t best_keys = int64_t{blocks} * config.tile_n;
+  for (uint32_t ranges = left + 1; ranges <= sms; ++ranges) {
+    const bool crossing = ranges % left != 0;  // ranges that cross from one tile into the next
+    const int64_t keys = ceil_div<int64_t>(units, ranges) * config.tile_n +
+                         (crossing ? 2 : 1) * kPieceKeys +
+                         (ranges / left + (crossing ? 2 : 0)) * kJoinKeys;
+    if (keys < best_keys) {
+      best = ranges;
+      best_keys = keys;
+    }
+  }
+  if (best == 0) return whole;
+  const uint32_t ctas = left == tiles ? best : sms;
+  return TailSplit::cut(tiles, tiles - left, blocks, ctas, best);
+}
+
 }  // namespace
+
+int64_t FwdWorkspace::zeroed(const FwdPlan& plan) {
+  const FwdConfig& config = plan.named().config;
+  if (plan.split.ranges > 0) {
+    const int64_t cut = plan.grid.tiles - plan.split.whole_tiles;
+    return kArrivals + 4 * cut * config.consumer_warpgroups;
+  }
+  return config.schedule == Schedule::kDynamic ? kTileCounter + 4 : 0;
+}
+
+int64_t FwdWorkspace::partials(const FwdPlan& plan) {
+  const int64_t list = int64_t{4} * plan.grid.tiles * plan.named().config.consumer_warpgroups;
+  return (kRedoNext + list + 127) / 128 * 128;
+}
+
+int64_t FwdWorkspace::bytes(const FwdPlan& plan) {
+  const FwdConfig& config = plan.named().config;
+  if (plan.split.ranges == 0) {
+    return kRedoNext + int64_t{4} * plan.grid.tiles * config.consumer_warpgroups;
+  }
+  return partials(plan) + int64_t{plan.split.slot_count(plan.grid.tiles)} *
+                              config.consumer_warpgroups * config.partial_bytes();
+}
 
 int find_fwd_config(const std::string& name) {
   for (size_t i = 0; i < kFwdConfigCount; ++i) {
@@ -72,7 +108,7 @@ int find_fwd_config(const std::string& name) {
 }
 
 Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
-  if (Status status = check(problem); !status.ok()) return status;
+  if (Status status = check_problem(problem); !status.ok()) return status;
 
   const NamedFwdConfig* found = nullptr;
   if (Status status = choose(problem, found); !status.ok()) return status;
@@ -96,22 +132,25 @@ Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
                static_cast<int32_t>(problem.heads_q),
                static_cast<int32_t>(std::min(heads_in_flight, std::max<int64_t>(1, pairs)))};
   plan.ctas = static_cast<int>(std::min<int64_t>({tiles, device.sm_count, FwdWorkspace::kMaxCtas}));
+
+  const auto split_on = [&](const Device& on) {
+    return plan_split(found->config, plan.grid.tiles, full_mask_blocks(found->config, problem),
+                      on.sm_count);
+  };
+  plan.split = split_on(device);
+  // The workspace is sized before the device is known, for the default one. Another device leaves
+  // its last wave whole where a split would need more.
+  if (plan.split.slot_count(plan.grid.tiles) > split_on(Device{}).slot_count(plan.grid.tiles)) {
+    plan.split = TailSplit::none(plan.grid.tiles, plan.split.tile_blocks);
+  }
+  if (plan.split.ranges > 0) plan.ctas = static_cast<int>(plan.split.ctas);
   return {};
 }
 
 int64_t fwd_workspace_bytes(const Problem& problem) {
   FwdPlan plan;
   if (!plan_fwd(problem, Device{}, plan).ok()) return 0;  // the launch will say why
-  return FwdWorkspace::kRedoNext +
-         int64_t{4} * plan.grid.tiles * plan.named().config.consumer_warpgroups;
-}
-
-std::string describe(const Problem& p) {
-  std::ostringstream text;
-  text << name(p.dtype) << ", batch " << p.batch << ", seqlen " << p.seqlen_q << " x " << p.seqlen_k
-       << ", heads " << p.heads_q << " over " << p.heads_k << ", head_dim " << p.head_dim << ", "
-       << name(p.mask);
-  return text.str();
+  return FwdWorkspace::bytes(plan);
 }
 
 std::string describe(const Problem& problem, const FwdPlan& plan) {
@@ -125,8 +164,13 @@ std::string describe(const Problem& problem, const FwdPlan& plan) {
            : c.softmax == Softmax::kConditional ? ", conditional rescale"
                                                 : "")
        << (c.schedule == Schedule::kDynamic ? ", dynamic schedule" : ", static schedule") << "; "
-       << plan.grid.tiles << " tiles on " << plan.ctas << " CTAs of " << c.threads() << " threads, "
-       << c.smem_bytes() / 1024 << " KiB shared; " << describe(problem);
+       << plan.grid.tiles << " tiles";
+  if (plan.split.ranges > 0) {
+    text << ", the last " << plan.grid.tiles - plan.split.whole_tiles << " cut into "
+         << plan.split.ranges << " ranges of keys,";
+  }
+  text << " on " << plan.ctas << " CTAs of " << c.threads() << " threads, " << c.smem_bytes() / 1024
+       << " KiB shared; " << describe(problem);
   return text.str();
 }
 

@@ -11,6 +11,7 @@ enum class NamedBarrier : int {
   kSyncThreads = 0,  // __syncthreads
   kPingpong = 1,     // one a consumer warpgroup, up to four
   kVote = 5,         // likewise
+  kDq = 9,           // the warpgroup that makes dQ
 };
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

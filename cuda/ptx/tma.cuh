@@ -24,4 +24,45 @@ __device__ __forceinline__ void tma_load_5d(const TensorMap& map, uint32_t barri
       : "memory");
 }
 
+// Copies `bytes` (a multiple of 16, as are both addresses) of contiguous memory; `barrier` counts
+// them.
+__device__ __forceinline__ void bulk_load(uint32_t barrier, uint32_t destination,
+                                          const void* source, uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Adds contiguous float32 numbers in shared memory to those in global memory, asynchronously; each
+// addition is atomic, their order is not defined. Generic stores to `source` need a
+// fence_proxy_async before it.
+__device__ __forceinline__ void bulk_add_f32(float* destination, uint32_t source, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+          destination),
+      "r"(source), "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// The calling thread's bulk groups but the newest kPending have read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// They are complete, their writes included.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Orders this thread's ordinary accesses to shared memory before what wgmma and TMA do there next;
+// a barrier must follow for the other threads.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 }  // namespace jax_fa3::ptx
