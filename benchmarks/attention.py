@@ -2,54 +2,39 @@
 
     python benchmarks/attention.py --output=benchmarks/results/forward.json
     python benchmarks/attention.py --mode=length --output=benchmarks/results/memory.json
-    python benchmarks/attention.py --rows='128-*' --peers=fa3,cudnn --rounds=5
+    python benchmarks/attention.py --mode=shapes --output=benchmarks/results/shapes.json
+    python benchmarks/attention.py --mode=launch --output=benchmarks/results/launch.json
+    python benchmarks/attention.py --rows='128-full-*' --config=FwdBf16Hdim128Full --rounds=5
     python benchmarks/attention.py --smoke --output=/tmp/smoke.json       # any machine, seconds
 
 mode grid    forward, the FlashAttention-3 paper's grid: 16k tokens, hidden size 2048, head dims
              64, 128 and 256, full and causal, sequences of 512 to 16384.
 mode length  time and memory against sequence length, forward and gradient, batch 1, causal.
+mode shapes  forward beyond the grid: one long sequence, grouped heads, an odd length, fewer tiles
+             than the GPU has multiprocessors, many heads, lengths that differ.
+mode launch  what one call inside a jitted loop takes at sequences of 128 to 512, batch 1: launch
+             and kernel, without the host.
 
-Method. Every implementation of a row is compiled first, then checked against a dense float32
-reference on random normal inputs (NaN never passes), then timed: each round times every
-implementation once, in an order that turns from round to round, and the median of the rounds
-counts. One timing is as many back-to-back calls as fill --min_seconds, ended by
-block_until_ready, so that the host's dispatch overlaps the device's work; the result holds what a
-call costs the host alone. A square bfloat16 matrix product, timed between the rows in the same
-way, says how fast the device was. The results file is rewritten after each row: what a time limit
-cuts off is named in it, and nothing measured is lost.
-
-TFLOP/s count 4 * B * N * T * T * H operations forward, half of it when causal.
+How it measures is said in harness.py.
 """
 
-import collections
-import concurrent.futures
-import contextlib
-import dataclasses
 import fnmatch
 import functools
-import hashlib
-import importlib.metadata
 import importlib.util
-import json
 import math
-import os
-import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-import threading
 import time
 import unittest.mock
 
+import harness
 import jax
 import jax.numpy as jnp
-import tree_hashes
-from absl import app, flags, logging
-
-sys.path.append(str(tree_hashes.REPOSITORY))  # last: an installed jax_fa3 has the extension
+from absl import app, flags
+from harness import Row, Unavailable
 
 import jax_fa3
+from jax_fa3 import _native
 
 # FlashAttention-3's forward speed over cuDNN's, for sequences of 512, 1024, ... 16384. Measured
 # once on one H200 in August 2026: the original FlashAttention-3 kernels (nvcc 13.0), called from
@@ -66,45 +51,37 @@ FLASH_ATTENTION_3_OVER_CUDNN = {
     (256, "causal"): (1.19, 1.23, 1.18, 1.24, 1.25, 1.18),
 }
 GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+GRID_TOKENS = 16384
 
-_MODE = flags.DEFINE_enum("mode", "grid", ["grid", "length"], "What to measure; see the module.")
+_MODE = flags.DEFINE_enum(
+    "mode", "grid", ["grid", "length", "shapes", "launch"], "What to measure; see the module."
+)
 _ROWS = flags.DEFINE_list(
     "rows",
     ["*"],
-    "Patterns of row names, HEAD_DIM-MASK-SEQLEN, such as '128-*' or '*-causal-8192'.",
+    "Patterns of row names, HEAD_DIM-MASK-SEQLEN (mode shapes: HEAD_DIM-MASK-CASE), such as "
+    "'128-*' or '*-causal-8192'.",
 )
 _PEERS = flags.DEFINE_list(
     "peers",
     None,
-    "Implementations, jax_fa3's own first; default: all that can run. See PEERS in the source.",
+    "Implementations, jax_fa3's own first; default: those that a mode compares with and that can "
+    "run. See PEERS in the source.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Timings of each implementation; the median counts.")
-_MIN_SECONDS = flags.DEFINE_float("min_seconds", 0.03, "Least length of one timing.")
-_TIME_LIMIT = flags.DEFINE_float("time_limit_s", 0, "Start no row after this long; 0 is no limit.")
+_CONFIG = flags.DEFINE_string(
+    "config",
+    None,
+    "Configuration of the kernels that peer fa3 takes instead of the plan's choice, such as "
+    "FwdBf16Hdim128Full; forward only. An error where a row is not for it: choose --rows.",
+)
 _JNP_MAX_GIB = flags.DEFINE_float(
     "jnp_max_gib", 20, "Leave plain jnp out where its float32 scores alone are larger."
 )
 _MAX_SEQLEN = flags.DEFINE_integer("max_seqlen", 32768, "Longest sequence of mode length.")
-_COMPILE_THREADS = flags.DEFINE_integer(
-    "compile_threads", min(16, os.cpu_count() or 1), "Functions compiled at a time."
-)
-_SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes that show only that the script works.")
-_TREE_HASHES = flags.DEFINE_string(
-    "tree_hashes",
-    None,
-    "What benchmarks/tree_hashes.py printed for the commit, or a file that holds it; for a machine "
-    "without .git. Default: asks git.",
-)
-_COMMIT = flags.DEFINE_string("commit", None, "Commit, where git cannot tell. Only recorded.")
+_LAUNCH_CALLS = flags.DEFINE_integer("launch_calls", 200, "Calls of mode launch's loop.")
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Results file, JSON; default: build/bench/attention_MODE.json."
 )
-
-# Relative errors allowed against the float32 reference. Rounding the probabilities and the output
-# to bfloat16 leaves 2e-3 to 4e-3; a wrong or unwritten block of rows leaves about 1.
-MAX_RELATIVE_ERROR = 1e-2
-MAX_BLOCK_ERROR = 2e-2
-ERROR_BLOCK = 64  # rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,42 +89,7 @@ ERROR_BLOCK = 64  # rows
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One problem: self-attention, as many key/value heads as query heads, bfloat16."""
-
-    head_dim: int
-    mask: str  # "full" or "causal"
-    seqlen: int
-    batch: int
-    heads: int
-
-    @property
-    def name(self):
-        return f"{self.head_dim}-{self.mask}-{self.seqlen}"
-
-    @property
-    def causal(self):
-        return self.mask == "causal"
-
-    @property
-    def shape(self):
-        """Of query, key, value and out: [B, T, N, H]."""
-        return (self.batch, self.seqlen, self.heads, self.head_dim)
-
-    @property
-    def flops(self):
-        """Forward, as the FlashAttention papers count."""
-        full = 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim
-        return full // 2 if self.causal else full
-
-    @property
-    def scores_bytes(self):
-        """Of one float32 [B, N, T, T]."""
-        return 4 * self.batch * self.heads * self.seqlen**2
-
-
-def grid_rows(tokens=16384, hidden=2048, head_dims=(128, 64, 256), seqlens=GRID_SEQLENS):
+def grid_rows(tokens=GRID_TOKENS, hidden=2048, head_dims=(128, 64, 256), seqlens=GRID_SEQLENS):
     """The paper's grid; the head dim that most models use comes first, in case time runs out."""
     return [
         Row(head_dim, mask, seqlen, tokens // seqlen, hidden // head_dim)
@@ -166,17 +108,85 @@ def length_rows(first=4096, last=32768, heads=16, head_dim=128):
     return [Row(head_dim, "causal", first * 2**n, 1, heads) for n in doublings]
 
 
-class Unavailable(Exception):
-    """A peer that cannot run here or cannot take a row; the message says why."""
+def shape_rows(head_dims=(128, 64, 256), hidden=2048, shrink=1):
+    """What the grid's rule of 16k tokens in equal sequences leaves out; lengths over `shrink`."""
+
+    def row(head_dim, mask, case, batch, heads, seqlen, seqlen_k=None, heads_k=None):
+        seqlen_k = seqlen_k and seqlen_k // shrink
+        return Row(head_dim, mask, seqlen // shrink, batch, heads, seqlen_k, heads_k, case)
+
+    rows = []
+    for head_dim in head_dims:
+        heads = hidden // head_dim
+        for mask in ("full", "causal"):
+            at = functools.partial(row, head_dim, mask)
+            rows += [
+                at("long16k", 1, heads, 16384),
+                at("long64k", 1, heads, 65536),
+                at("gqa8", 4, 16, 4096, heads_k=2),
+                at("odd3001", 4, heads, 3001),
+                # Fewer tiles of 128 to 256 rows than an H200's 132 multiprocessors.
+                at("few1024x8", 1, 8, 1024),
+                at("few2048x4", 1, 4, 2048),
+                at("few4096x2", 1, 2, 4096),
+                at("heads256", 1, 256, 2048),
+                at("batch64x32", 64, 32, 512),
+                at("short_on_long", 4, heads, 512, seqlen_k=8192),
+                at("long_on_short", 4, heads, 8192, seqlen_k=512),
+            ]
+    return rows
+
+
+def launch_rows(head_dims=(128, 64, 256), seqlens=(128, 256, 512), heads=16):
+    """Calls so short that launching is a good part of them."""
+    return [
+        Row(head_dim, mask, seqlen, 1, heads)
+        for head_dim in head_dims
+        for mask in ("full", "causal")
+        for seqlen in seqlens
+    ]
+
+
+def rows_of(mode, smoke):
+    """The rows of a mode; tiny ones for a smoke run."""
+    if mode == "grid":
+        return grid_rows(256, 128, (64,), (64, 128)) if smoke else grid_rows()
+    if mode == "length":
+        return length_rows(128, 256, 2, 64) if smoke else length_rows(last=_MAX_SEQLEN.value)
+    if mode == "shapes":
+        return shape_rows((64,), 128, shrink=64) if smoke else shape_rows()
+    return launch_rows((64,), (16, 32), 2) if smoke else launch_rows()
 
 
 def _jax_fa3_peer(implementation):
     def make(row):
+        if implementation == "fa3" and _CONFIG.value:
+            call = harness.kernel_call(extension(), _native.FWD_TARGET, row, _CONFIG.value)
+            return lambda query, key, value: call(query, key, value)[0]
         return functools.partial(
             jax_fa3.dot_product_attention, is_causal=row.causal, implementation=implementation
         )
 
     return make
+
+
+def extension():
+    """The compiled extension. Raises: Unavailable, with the reason, where there is none."""
+    module = _native.extension()
+    if module is None:
+        raise Unavailable("; ".join(_native.why_not()))
+    return module
+
+
+def rows_not_for(module, config, rows):
+    """Why each of `rows` that cannot have the kernel configuration `config` cannot, as lines."""
+    why = []
+    for row in rows:
+        try:
+            harness.kernel_plan(module, row, config)
+        except ValueError as error:
+            why.append(f"{row.name}: {error}")
+    return why
 
 
 def _cudnn_peer(row):
@@ -246,14 +256,187 @@ PEERS = {
 
 def default_peers():
     """On a GPU all but jax_fa3's xla path, which is no competitor there; elsewhere what runs."""
-    if jax.default_backend() == "gpu":
-        return [name for name in PEERS if name != "xla" or _MODE.value == "length"]
-    return ["xla", "jnp"]
+    if jax.default_backend() != "gpu":
+        return ["xla", "jnp"]
+    if _MODE.value == "shapes":
+        return ["fa3", "cudnn", "tokamax"]
+    if _MODE.value == "launch":
+        return ["fa3", "cudnn"]
+    return [name for name in PEERS if name != "xla" or _MODE.value == "length"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Compiling and checking
+# The modes
 # --------------------------------------------------------------------------------------------------
+
+
+def _plan(row):
+    """The kernel that jax_fa3 plans for the row, as text; None without the extension."""
+    module = _native.extension()
+    return module and harness.kernel_plan(module, row, _CONFIG.value or "")
+
+
+def _report_of(measured):
+    """Names of a measured row's implementations that failed their check."""
+    return [
+        f"{measured['name']} {peer}"
+        for peer, entry in measured["peers"].items()
+        if not entry.get("ok", True)
+    ]
+
+
+def measure_forward(rows, peers, results, yardstick, clock):
+    """Forward of every row with every peer. Returns the names that failed their check."""
+    failed = []
+    # A chunk compiles before any of it is timed: compiling beside a timing would disturb it.
+    for chunk in harness.chunks(rows, 12):
+        if results.out_of_time():
+            break
+        jobs = {}
+        for row in chunk:
+            jobs[row, "reference"] = functools.partial(harness.compile_reference, row)
+            for peer in peers:
+                jobs[row, peer] = lambda row=row, peer=peer: harness.compile_for(
+                    PEERS[peer](row), row
+                )
+        compiled = harness.compile_all(jobs)
+        for row in chunk:
+            if results.out_of_time():
+                break
+            by_peer = {peer: compiled.pop((row, peer)) for peer in peers}
+            measured = measure_row(row, by_peer, compiled.pop((row, "reference")), clock)
+            yardstick.measure()
+            results.save(measured, gemm=yardstick.summary())
+            failed += _report_of(measured)
+            print(_row_text(measured), flush=True)
+    return failed
+
+
+def _expected(row, reference, inputs):
+    if isinstance(reference, str):
+        raise RuntimeError(f"the reference of {row.name} does not compile: {reference}")
+    return reference(*inputs)
+
+
+def measure_row(row, compiled, reference, clock):
+    """Checks and times one row of the grid; returns its entry of the results file."""
+    inputs = harness.random_inputs(jax.random.key(row.seqlen + row.head_dim), row)
+    expected = _expected(row, reference, inputs)
+    entries, runs = harness.check_all(compiled, inputs, expected, harness.checked_rows(row))
+    del expected
+    start = time.monotonic()
+    harness.time_all(row, entries, runs, inputs)
+    measured = {
+        **row.fields(),
+        "peers": entries,
+        "sm_clock_mhz": clock.median_since(start),
+        "plan": _plan(row) if "fa3" in runs else None,
+    }
+    cudnn = entries.get("cudnn", {}).get("tflops")
+    if cudnn and (x := flash_attention_3_over_cudnn(row)):
+        measured["flash_attention_3"] = {"over_cudnn": x, "tflops": x * cudnn}
+    ours = entries.get("fa3", {}).get("tflops")
+    if ours:
+        others = {peer: entry["tflops"] for peer, entry in entries.items() if "tflops" in entry}
+        others["flash_attention_3"] = measured.get("flash_attention_3", {}).get("tflops")
+        measured["fa3_over"] = {
+            peer: ours / tflops for peer, tflops in others.items() if tflops and peer != "fa3"
+        }
+    return measured
+
+
+def flash_attention_3_over_cudnn(row):
+    """The measured ratio for a row of the paper's grid, None for others."""
+    if row.case or row.batch * row.seqlen != GRID_TOKENS or row.seqlen not in GRID_SEQLENS:
+        return None
+    return FLASH_ATTENTION_3_OVER_CUDNN[row.head_dim, row.mask][GRID_SEQLENS.index(row.seqlen)]
+
+
+def _row_text(measured):
+    parts = []
+    for peer, entry in measured["peers"].items():
+        if "tflops" in entry:
+            parts.append(f"{peer} {entry['tflops']:.3g}")
+        elif "skipped" not in entry:
+            parts.append(f"{peer} WRONG ({entry['relative_error']:.1e})")
+        elif _MODE.value == "shapes":  # a peer may refuse a shape: worth a word
+            parts.append(f"{peer} no ({entry['skipped'][:60]})")
+    if "flash_attention_3" in measured:
+        parts.append(f"FA3~ {measured['flash_attention_3']['tflops']:.0f}")
+    return f"{measured['name']:>24}  " + "  ".join(parts) + "  TFLOP/s"
+
+
+def looped(attention, calls):
+    """(query, key, value) -> the last of `calls` calls, each with the output before as its query.
+
+    One program: the host takes no part, and no call can be left out or run beside the next.
+    """
+
+    def loop(query, key, value):
+        def step(_, q):
+            return attention(q, key, value).astype(query.dtype)
+
+        return jax.lax.fori_loop(0, calls, step, query)
+
+    return loop
+
+
+def measure_launch(rows, peers, results, yardstick, clock):
+    """Time of one call inside a jitted loop. Returns the names that failed their check."""
+    calls = 3 if harness.SMOKE.value else _LAUNCH_CALLS.value
+    jobs = {}
+    for row in rows:
+        jobs[row, "once", "reference"] = functools.partial(harness.compile_reference, row)
+        for peer in peers:
+
+            def once(row=row, peer=peer):
+                return harness.compile_for(PEERS[peer](row), row)
+
+            def loop(row=row, peer=peer):
+                return harness.compile_for(looped(PEERS[peer](row), calls), row)
+
+            jobs[row, "once", peer] = once
+            jobs[row, "loop", peer] = loop
+    compiled = harness.compile_all(jobs)
+    failed = []
+    for row in rows:
+        if results.out_of_time():
+            break
+        inputs = harness.random_inputs(jax.random.key(row.seqlen), row)
+        once = {peer: compiled[row, "once", peer] for peer in peers}
+        expected = _expected(row, compiled[row, "once", "reference"], inputs)
+        entries, checked = harness.check_all(once, inputs, expected)
+        runs = {}
+        for peer in checked:
+            run = compiled[row, "loop", peer]
+            if isinstance(run, str):
+                entries[peer] = {"skipped": run}
+            else:
+                runs[peer] = run
+        start = time.monotonic()
+        timed = harness.time_interleaved(
+            runs, inputs, harness.ROUNDS.value, harness.MIN_SECONDS.value
+        )
+        for peer, seconds in timed.items():
+            each = [loop / calls for loop in seconds]
+            entries[peer] |= {"seconds": statistics.median(each), "rounds": each}
+        measured = {
+            **row.fields(),
+            "calls": calls,
+            "peers": entries,
+            "sm_clock_mhz": clock.median_since(start),
+            "plan": _plan(row) if "fa3" in runs else None,
+        }
+        yardstick.measure()
+        results.save(measured, gemm=yardstick.summary())
+        failed += _report_of(measured)
+        text = "  ".join(
+            f"{peer} {entry['seconds'] * 1e6:.2f} us"
+            for peer, entry in entries.items()
+            if "seconds" in entry
+        )
+        print(f"{row.name:>24}  {text}", flush=True)
+    return failed
 
 
 def with_gradient(attention):
@@ -267,477 +450,6 @@ def with_gradient(attention):
         return pullback(query.astype(out.dtype))
 
     return gradient
-
-
-def compile_for(function, row, **compiler_options):
-    """`function` compiled for the row's inputs, so that no call ever compiles."""
-    inputs = [jax.ShapeDtypeStruct(row.shape, jnp.bfloat16)] * 3
-    return jax.jit(function).lower(*inputs).compile(compiler_options)
-
-
-def compile_reference(row):
-    """The reference for a row. It is never timed, so XLA need not search for its fastest GEMM."""
-    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
-    return compile_for(functools.partial(reference_attention, causal=row.causal), row, **options)
-
-
-def _one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def compile_all(jobs):
-    """{key: compiled, or a str that says why not} of {key: thunk}, several at a time.
-
-    A key is a tuple that ends in the peer's name; the log says how long each peer's took.
-    """
-    seconds: dict[str, float] = collections.defaultdict(float)
-    begin = time.monotonic()
-
-    def attempt(job):
-        (*_, peer), thunk = job
-        start = time.monotonic()
-        try:
-            return thunk()
-        except Unavailable as reason:
-            return str(reason)
-        except Exception as error:  # A peer that fails is a result to report, not our crash.
-            return _one_line(error)
-        finally:
-            seconds[peer] += time.monotonic() - start
-
-    with concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS.value) as pool:
-        compiled = dict(zip(jobs, pool.map(attempt, jobs.items()), strict=True))
-    logging.info(
-        "Compiled %d functions in %.1f s with %d threads; thread time by peer: %s",
-        len(jobs),
-        time.monotonic() - begin,
-        _COMPILE_THREADS.value,
-        ", ".join(f"{peer} {spent:.1f} s" for peer, spent in seconds.items()),
-    )
-    return compiled
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def random_inputs(key, shape):
-    """query, key and value, bfloat16, standard normal."""
-    return tuple(jax.random.normal(k, shape, jnp.bfloat16) for k in jax.random.split(key, 3))
-
-
-def reference_attention(query, key, value, *, causal):
-    """Dense attention in float32, a few heads at a time; all arrays [B, T, N, H].
-
-    It shares no code with jax_fa3 or jax.nn: each could be wrong.
-    """
-    batch, seqlen, heads, head_dim = query.shape
-
-    def one_head(inputs):
-        q, k, v = (x.astype(jnp.float32) for x in inputs)
-        scores = jnp.matmul(q, k.T, precision="highest") / math.sqrt(head_dim)
-        if causal:
-            steps = jnp.arange(seqlen)
-            scores = jnp.where(steps[:, None] >= steps[None, :], scores, -jnp.inf)
-        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        return jnp.matmul(weights, v, precision="highest")
-
-    by_head = [jnp.moveaxis(x, 2, 1).reshape(-1, seqlen, head_dim) for x in (query, key, value)]
-    at_once = max(1, min(batch * heads, 2**28 // seqlen**2))  # scores of at most 1 GiB
-    out = jax.lax.map(one_head, tuple(by_head), batch_size=at_once)
-    return jnp.moveaxis(out.reshape(batch, heads, seqlen, head_dim), 1, 2)
-
-
-@jax.jit
-def errors_against(out, reference):
-    """(relative error of the whole, the worst of any ERROR_BLOCK rows of a head), 2-norms."""
-    batch, seqlen, heads, head_dim = reference.shape
-    block = math.gcd(seqlen, ERROR_BLOCK)
-
-    def squares(x):
-        return (x * x).reshape(batch, seqlen // block, block, heads, head_dim).sum(axis=(2, 4))
-
-    wrong, right = squares(out.astype(jnp.float32) - reference), squares(reference)
-    return jnp.sqrt(wrong.sum() / right.sum()), jnp.sqrt((wrong / right).max())
-
-
-def check(run, inputs, reference):
-    """{"relative_error", "worst_block_error", "ok"} of one implementation's output."""
-    # Freed memory may still hold an earlier implementation's right answer. Fill it with NaN, so
-    # that a block nobody writes shows.
-    poison = [jnp.full(inputs[0].shape, jnp.nan, inputs[0].dtype) for _ in range(2)]
-    jax.block_until_ready(poison)
-    del poison
-    error, worst = (float(x) for x in errors_against(run(*inputs), reference))
-    ok = bool(error <= MAX_RELATIVE_ERROR and worst <= MAX_BLOCK_ERROR)  # False for NaN
-    return {"relative_error": error, "worst_block_error": worst, "ok": ok}
-
-
-# --------------------------------------------------------------------------------------------------
-# Timing
-# --------------------------------------------------------------------------------------------------
-
-
-def seconds_per_call(run, inputs, calls):
-    """Mean wall time of `calls` back-to-back calls, the device's work included."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        out = run(*inputs)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / calls
-
-
-def calls_to_fill(run, inputs, min_seconds):
-    """How many calls take `min_seconds`."""
-    seconds_per_call(run, inputs, 1)  # first call: modules load, handles are made
-    once = seconds_per_call(run, inputs, 1)
-    if once >= min_seconds:
-        return 1
-    # One call's time is mostly latency when calls are short; a longer burst tells.
-    burst = seconds_per_call(run, inputs, max(2, min(50, int(min_seconds / once / 4))))
-    return max(1, math.ceil(min_seconds / burst))
-
-
-def time_interleaved(runs, inputs, rounds, min_seconds):
-    """{name: [seconds a call, one a round]} of {name: function}; the order turns each round."""
-    calls = {name: calls_to_fill(run, inputs, min_seconds) for name, run in runs.items()}
-    names = list(runs)
-    seconds = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            seconds[name].append(seconds_per_call(runs[name], inputs, calls[name]))
-    return seconds
-
-
-class Yardstick:
-    """A size^3 bfloat16 matrix product on random normal inputs: how fast the device is now."""
-
-    def __init__(self, size):
-        self.size = size
-        keys = jax.random.split(jax.random.key(7))
-        self._inputs = [jax.random.normal(k, (size, size), jnp.bfloat16) for k in keys]
-        shape = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
-        self._run = jax.jit(jnp.matmul).lower(shape, shape).compile()
-        self._calls = calls_to_fill(self._run, self._inputs, _MIN_SECONDS.value)
-        self.samples = []
-
-    def measure(self):
-        """Appends one timing, in TFLOP/s."""
-        seconds = seconds_per_call(self._run, self._inputs, self._calls)
-        self.samples.append(2 * self.size**3 / seconds / 1e12)
-
-    def summary(self):
-        return {
-            "size": self.size,
-            "tflops": statistics.median(self.samples),
-            "samples": self.samples,
-        }
-
-
-def host_dispatch_seconds():
-    """What one call costs the host when the device has nothing to do: the floor of a timing."""
-    tiny = [jnp.ones((8, 128), jnp.bfloat16)] * 3
-    run = jax.jit(lambda q, k, v: q + k + v).lower(*tiny).compile()
-    seconds_per_call(run, tiny, 10)
-    return min(seconds_per_call(run, tiny, 200) for _ in range(3))
-
-
-# --------------------------------------------------------------------------------------------------
-# The machine and the code
-# --------------------------------------------------------------------------------------------------
-
-
-class ClockSampler:
-    """Reads the SM clock while a row is timed, with one nvidia-smi that runs along."""
-
-    def __init__(self):
-        self._samples = []
-        # A terminal, because into a pipe it could keep its lines back until a buffer is full.
-        reader, writer = os.openpty()
-        try:
-            self._process = subprocess.Popen(
-                ["nvidia-smi", "--id=0", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-                + ["--loop-ms=100"],
-                stdout=writer,
-                stderr=subprocess.DEVNULL,
-            )
-        except FileNotFoundError:
-            self._process = None
-            os.close(reader)
-            return
-        finally:
-            os.close(writer)
-        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
-
-    def _read(self, terminal):
-        # OSError: the terminal's other end closed with the process.
-        with contextlib.suppress(OSError), os.fdopen(terminal) as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    self._samples.append((time.monotonic(), int(line)))
-
-    def median_since(self, start):
-        """MHz, or None where nothing was read since `start` (time.monotonic)."""
-        recent = [mhz for when, mhz in self._samples if when >= start]
-        return statistics.median(recent) if recent else None
-
-    def stop(self):
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-
-
-def _version(*distributions):
-    for name in distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return None
-
-
-def _nvidia_smi(field):
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--id=0", f"--query-gpu={field}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def describe_environment():
-    """Device, driver and versions of everything that has a part in the figures."""
-    device = jax.devices()[0]
-    return {
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "driver": _nvidia_smi("driver_version"),
-            "max_sm_clock_mhz": _nvidia_smi("clocks.max.sm"),
-            "compute_capability": getattr(device, "compute_capability", None),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": _version("jaxlib"),
-            "jax_fa3": jax_fa3.__version__,
-            "cudnn": _version("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
-            "tokamax": _version("tokamax"),
-            "flash_attn3_jax": _version("flash-attn3-jax"),
-            "dew_flash_attn": _version("dew-flash-attn-cu13", "dew-flash-attn-cu12"),
-        },
-    }
-
-
-def _files_unlike_the_checkout():
-    """Python files of the checkout that an installed jax_fa3 does not have in the same form."""
-    checkout = tree_hashes.REPOSITORY / "jax_fa3"
-    imported = pathlib.Path(jax_fa3.__file__).resolve().parent
-    return [
-        name
-        for path in sorted(checkout.rglob("*.py"))
-        if not (imported / (name := path.relative_to(checkout).as_posix())).is_file()
-        or (imported / name).read_bytes() != path.read_bytes()
-    ]
-
-
-def describe_code():
-    """Which jax_fa3 ran: the trees on disk, whether the commit has them, the extension's hash."""
-    on_disk = tree_hashes.tree_hashes()
-    if _TREE_HASHES.value is None:
-        committed = tree_hashes.commit_tree_hashes()
-    else:
-        text = _TREE_HASHES.value
-        committed = json.loads(text if text.startswith("{") else pathlib.Path(text).read_text())
-    commit = _COMMIT.value
-    if commit is None and _TREE_HASHES.value is None and committed is not None:
-        commit = subprocess.run(
-            ["git", "-C", str(tree_hashes.REPOSITORY), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    if committed is not None and committed != on_disk:
-        logging.warning("The measured files are not the commit's: %s, %s", on_disk, committed)
-    differing = _files_unlike_the_checkout()
-    if differing:
-        logging.warning("The imported jax_fa3 is not the checkout's: %s differ", differing)
-    extension = importlib.util.find_spec("jax_fa3._jax_fa3")
-    path = extension.origin if extension is not None else None
-    return {
-        "commit": commit,
-        "tree_hashes": on_disk,
-        "matches_commit": None if committed is None else committed == on_disk and not differing,
-        "extension_sha256": path and hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest(),
-    }
-
-
-def kernel_plan(row):
-    """The kernel that jax_fa3 plans for the row, as text; None without the extension."""
-    try:
-        from jax_fa3 import _jax_fa3  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
-        return None
-    sizes = (row.batch, row.seqlen, row.seqlen, row.heads, row.heads, row.head_dim)
-    return _jax_fa3.describe_plan("bfloat16", *sizes, row.causal)
-
-
-# --------------------------------------------------------------------------------------------------
-# The two modes
-# --------------------------------------------------------------------------------------------------
-
-
-def _rounded(value):
-    """The same with every float at 5 significant digits: more than a timing has."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return value
-
-
-class Results:
-    """The results file; every `save` leaves a complete and readable one."""
-
-    def __init__(self, path, kind, names, settings):
-        self._path = pathlib.Path(path)
-        self._begin = time.monotonic()
-        self._names = names
-        self._content = {
-            "schema": 1,
-            "kind": kind,
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            **describe_environment(),
-            "code": describe_code(),
-            "settings": settings,
-            "rows": [],
-        }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def elapsed(self):
-        return time.monotonic() - self._begin
-
-    def out_of_time(self):
-        return bool(_TIME_LIMIT.value) and self.elapsed > _TIME_LIMIT.value
-
-    def save(self, row=None, **fields):
-        if row is not None:
-            self._content["rows"].append(row)
-        done = {row["name"] for row in self._content["rows"]}
-        self._content.update(
-            fields,
-            missing_rows=[name for name in self._names if name not in done],
-            elapsed_s=round(self.elapsed, 1),
-        )
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(_rounded(self._content), indent=1) + "\n")
-        partial.replace(self._path)
-
-
-def _chunks(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def measure_grid(rows, peers, results, yardstick, clock):
-    """Forward of every row with every peer. Returns the names that failed their check."""
-    failed = []
-    # A chunk compiles before any of it is timed: compiling beside a timing would disturb it.
-    for chunk in _chunks(rows, 12):
-        if results.out_of_time():
-            break
-        jobs = {}
-        for row in chunk:
-            jobs[row, "reference"] = functools.partial(compile_reference, row)
-            for peer in peers:
-                jobs[row, peer] = lambda row=row, peer=peer: compile_for(PEERS[peer](row), row)
-        compiled = compile_all(jobs)
-        for row in chunk:
-            if results.out_of_time():
-                break
-            by_peer = {peer: compiled.pop((row, peer)) for peer in peers}
-            reference = compiled.pop((row, "reference"))
-            if isinstance(reference, str):
-                raise RuntimeError(f"the reference of {row.name} does not compile: {reference}")
-            measured = measure_row(row, by_peer, reference, clock)
-            yardstick.measure()
-            results.save(measured, gemm=yardstick.summary())
-            failed += [
-                f"{row.name} {peer}"
-                for peer, entry in measured["peers"].items()
-                if not entry.get("ok", True)
-            ]
-            print(_row_text(measured), flush=True)
-    return failed
-
-
-def _fail_or_result(function, *args):
-    """(result, None) or (None, why): a peer that fails when it runs must not end the run."""
-    try:
-        return function(*args), None
-    except Exception as error:
-        return None, _one_line(error)
-
-
-def measure_row(row, compiled, reference, clock):
-    """Checks and times one row of the grid; returns its entry of the results file."""
-    inputs = random_inputs(jax.random.key(row.seqlen + row.head_dim), row.shape)
-    expected = reference(*inputs)
-    entries, runs = {}, {}
-    for peer, run in compiled.items():
-        if isinstance(run, str):
-            entries[peer] = {"skipped": run}
-            continue
-        entry, failure = _fail_or_result(check, run, inputs, expected)
-        entries[peer] = {"skipped": failure} if entry is None else entry
-        if entry and entry["ok"]:
-            runs[peer] = run
-    del expected
-    start = time.monotonic()
-    if runs:
-        timed = time_interleaved(runs, inputs, _ROUNDS.value, _MIN_SECONDS.value)
-        for peer, seconds in timed.items():
-            median = statistics.median(seconds)
-            entries[peer] |= {
-                "seconds": median,
-                "rounds": seconds,
-                "tflops": row.flops / median / 1e12,
-            }
-    measured = {
-        "name": row.name,
-        **dataclasses.asdict(row),
-        "flops": row.flops,
-        "peers": entries,
-        "sm_clock_mhz": clock.median_since(start),
-        "plan": kernel_plan(row) if "fa3" in runs else None,
-    }
-    cudnn = entries.get("cudnn", {}).get("tflops")
-    over_cudnn = FLASH_ATTENTION_3_OVER_CUDNN.get((row.head_dim, row.mask))
-    if cudnn and over_cudnn and row.seqlen in GRID_SEQLENS:
-        x = over_cudnn[GRID_SEQLENS.index(row.seqlen)]
-        measured["flash_attention_3"] = {"over_cudnn": x, "tflops": x * cudnn}
-    ours = entries.get("fa3", {}).get("tflops")
-    if ours:
-        others = {peer: entry["tflops"] for peer, entry in entries.items() if "tflops" in entry}
-        others["flash_attention_3"] = measured.get("flash_attention_3", {}).get("tflops")
-        measured["fa3_over"] = {
-            peer: ours / tflops for peer, tflops in others.items() if tflops and peer != "fa3"
-        }
-    return measured
-
-
-def _row_text(measured):
-    parts = []
-    for peer, entry in measured["peers"].items():
-        if "tflops" in entry:
-            parts.append(f"{peer} {entry['tflops']:.3g}")
-        elif "skipped" not in entry:
-            parts.append(f"{peer} WRONG ({entry['relative_error']:.1e})")
-    if "flash_attention_3" in measured:
-        parts.append(f"FA3~ {measured['flash_attention_3']['tflops']:.0f}")
-    return f"{measured['name']:>18}  " + "  ".join(parts) + "  TFLOP/s"
 
 
 def _run_once(run, inputs):
@@ -759,12 +471,12 @@ def measure_length(rows, peers, results, yardstick, clock):
 
                 def job(row=row, peer=peer, which=which):
                     attention = PEERS[peer](row)
-                    return compile_for(
+                    return harness.compile_for(
                         attention if which == "forward" else with_gradient(attention), row
                     )
 
                 jobs[row, which, peer] = job
-    compiled = compile_all(jobs)
+    compiled = harness.compile_all(jobs)
     memory = {
         key: {
             "arguments": analysis.argument_size_in_bytes,
@@ -783,9 +495,9 @@ def measure_length(rows, peers, results, yardstick, clock):
         if results.out_of_time():
             break
         row = key[0]
-        inputs = jax.block_until_ready(random_inputs(jax.random.key(1), row.shape))
+        inputs = jax.block_until_ready(harness.random_inputs(jax.random.key(1), row))
         before = device_peak()
-        _, failure = _fail_or_result(_run_once, compiled[key], inputs)
+        _, failure = harness.fail_or_result(_run_once, compiled[key], inputs)
         if failure:
             compiled[key] = failure
         after = device_peak()
@@ -797,13 +509,15 @@ def measure_length(rows, peers, results, yardstick, clock):
     for row in rows:
         if results.out_of_time():
             break
-        inputs = random_inputs(jax.random.key(row.seqlen), row.shape)
+        inputs = harness.random_inputs(jax.random.key(row.seqlen), row)
         start = time.monotonic()
-        measured = {"name": row.name, **dataclasses.asdict(row), "flops": row.flops}
+        measured = row.fields()
         for which in passes:
             functions = {peer: compiled[row, which, peer] for peer in peers}
             runs = {peer: run for peer, run in functions.items() if not isinstance(run, str)}
-            timed = time_interleaved(runs, inputs, _ROUNDS.value, _MIN_SECONDS.value)
+            timed = harness.time_interleaved(
+                runs, inputs, harness.ROUNDS.value, harness.MIN_SECONDS.value
+            )
             outputs = {peer: runs[peer](*inputs) for peer in runs}
             measured[which] = {
                 peer: {"skipped": run} for peer, run in functions.items() if isinstance(run, str)
@@ -818,7 +532,7 @@ def measure_length(rows, peers, results, yardstick, clock):
                     "memory_bytes": memory.get((row, which, peer)),
                     "difference_from_first": error,
                 }
-                if not error <= 2 * MAX_RELATIVE_ERROR:
+                if not error <= 2 * harness.MAX_RELATIVE_ERROR:
                     failed.append(f"{row.name} {which} {peer}")
             del outputs
         measured["sm_clock_mhz"] = clock.median_since(start)
@@ -856,45 +570,47 @@ def _length_text(measured, passes):
     return f"{measured['name']:>18}  " + "  ".join(parts)
 
 
+MEASURE = {
+    "grid": measure_forward,
+    "length": measure_length,
+    "shapes": measure_forward,
+    "launch": measure_launch,
+}
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    mode = _MODE.value
     peers = _PEERS.value or default_peers()
     unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
         raise app.UsageError(f"--peers={','.join(unknown)}: expected some of {', '.join(PEERS)}")
-    if _SMOKE.value:
-        rows = (
-            grid_rows(tokens=256, hidden=128, head_dims=(64,), seqlens=(64, 128))
-            if _MODE.value == "grid"
-            else length_rows(first=128, last=256, heads=2, head_dim=64)
-        )
-    else:
-        rows = grid_rows() if _MODE.value == "grid" else length_rows(last=_MAX_SEQLEN.value)
-    rows = [row for row in rows if any(fnmatch.fnmatch(row.name, p) for p in _ROWS.value)]
+    rows = [
+        row
+        for row in rows_of(mode, harness.SMOKE.value)
+        if any(fnmatch.fnmatch(row.name, pattern) for pattern in _ROWS.value)
+    ]
     if not rows:
         raise app.UsageError(f"--rows={','.join(_ROWS.value)} names no row")
-    output = _OUTPUT.value or f"build/bench/attention_{_MODE.value}.json"
-    results = Results(
-        output,
-        f"attention_{_MODE.value}" + ("_smoke" if _SMOKE.value else ""),
-        [row.name for row in rows],
-        {
-            "dtype": "bfloat16",
-            "peers": peers,
-            "rounds": _ROUNDS.value,
-            "min_seconds": _MIN_SECONDS.value,
-            "max_relative_error": MAX_RELATIVE_ERROR,
-            "max_block_error": MAX_BLOCK_ERROR,
-        },
-    )
-    yardstick = Yardstick(256 if _SMOKE.value else 8192)
+    if _CONFIG.value:
+        if mode == "length":
+            raise app.UsageError("--config forces a forward kernel; mode length has gradients")
+        try:
+            why = rows_not_for(extension(), _CONFIG.value, rows)
+        except Unavailable as reason:
+            why = [str(reason)]
+        if why:
+            raise app.UsageError(f"--config={_CONFIG.value}: " + "\n".join(why))
+    output = _OUTPUT.value or f"build/bench/attention_{mode}.json"
+    settings = {"peers": peers} | ({"config": _CONFIG.value} if _CONFIG.value else {})
+    results = harness.Results(output, f"attention_{mode}", [row.name for row in rows], settings)
+    yardstick = harness.Yardstick(256 if harness.SMOKE.value else 8192)
     yardstick.measure()
-    results.save(gemm=yardstick.summary(), host_dispatch_s=host_dispatch_seconds())
-    clock = ClockSampler()
+    results.save(gemm=yardstick.summary(), host_dispatch_s=harness.host_dispatch_seconds())
+    clock = harness.ClockSampler()
     try:
-        measure = measure_grid if _MODE.value == "grid" else measure_length
-        failed = measure(rows, peers, results, yardstick, clock)
+        failed = MEASURE[mode](rows, peers, results, yardstick, clock)
     finally:
         clock.stop()
     results.save(gemm=yardstick.summary(), failed_checks=failed)

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -32,8 +33,13 @@ def tree_hashes(monkeypatch):
 
 
 @pytest.fixture
+def harness(tree_hashes):
+    """benchmarks/harness.py as a module: no flag is read before a script's main runs."""
+    return importlib.import_module("harness")
+
+
+@pytest.fixture
 def attention(tree_hashes):
-    """benchmarks/attention.py as a module: no flag is read before its main runs."""
     return importlib.import_module("attention")
 
 
@@ -87,6 +93,43 @@ def test_mode_length_gives_time_and_memory_of_both_passes(tmp_path):
                 assert row[which][peer]["difference_from_first"] < 2e-2
 
 
+def test_mode_shapes_takes_lengths_and_heads_that_differ(tmp_path):
+    process, results = run_benchmark(
+        tmp_path, "--mode=shapes", "--rows=*-gqa8,*-odd3001,*causal-*_on_*"
+    )
+
+    assert process.returncode == 0, process.stderr
+    assert results["kind"] == "attention_shapes_smoke"
+    rows = {row["name"]: row for row in results["rows"]}
+    assert len(rows) == 6
+    assert rows["64-causal-gqa8"]["heads_k"] == 2
+    assert rows["64-full-odd3001"]["seqlen"] == 3001 // 64
+    assert rows["64-causal-short_on_long"]["seqlen_k"] == 8192 // 64
+    assert all(entry["ok"] for row in rows.values() for entry in row["peers"].values())
+    assert not any("flash_attention_3" in row for row in rows.values())
+
+
+def test_mode_launch_times_a_call_inside_a_loop(tmp_path):
+    process, results = run_benchmark(tmp_path, "--mode=launch", "--rows=64-full-*")
+
+    assert process.returncode == 0, process.stderr
+    assert [row["seqlen"] for row in results["rows"]] == [16, 32]
+    for row in results["rows"]:
+        assert row["batch"] == 1
+        assert all(entry["seconds"] > 0 for entry in row["peers"].values())
+
+
+def test_a_forced_configuration_needs_the_kernels_and_the_forward(tmp_path):
+    for flags, why in (
+        (["--mode=length", "--config=FwdBf16Hdim64Full"], "forces a forward kernel"),
+        (["--config=Nonesuch"], "--config=Nonesuch: "),
+    ):
+        process, results = run_benchmark(tmp_path, *flags)
+        assert process.returncode == 1
+        assert why in process.stderr + process.stdout
+        assert results == {}
+
+
 def test_a_time_limit_keeps_what_was_measured_and_names_the_rest(tmp_path):
     process, results = run_benchmark(tmp_path, "--peers=jnp", "--time_limit_s=0.001")
 
@@ -105,11 +148,11 @@ def test_an_unknown_peer_is_refused_by_name(tmp_path):
 
 
 @pytest.fixture
-def problem(attention):
+def problem(harness):
     """Inputs of a small causal row and the float32 reference's output."""
-    row = attention.Row(64, "causal", 128, 1, 2)
-    inputs = attention.random_inputs(jax.random.key(0), row.shape)
-    return inputs, attention.reference_attention(*inputs, causal=True)
+    row = harness.Row(64, "causal", 128, 1, 2)
+    inputs = harness.random_inputs(jax.random.key(0), row)
+    return inputs, harness.reference_attention(*inputs, causal=True)
 
 
 def _right(query, key, value):
@@ -129,29 +172,64 @@ def _one_nan(query, key, value):
 
 
 @pytest.mark.parametrize("wrong", [_not_causal, _one_block_unwritten, _one_nan])
-def test_the_check_passes_right_outputs_and_no_other(attention, problem, wrong):
+def test_the_check_passes_right_outputs_and_no_other(harness, problem, wrong):
     inputs, reference = problem
 
-    assert attention.check(_right, inputs, reference)["ok"]
-    assert not attention.check(wrong, inputs, reference)["ok"]
+    assert harness.check(_right, inputs, reference)["ok"]
+    assert not harness.check(wrong, inputs, reference)["ok"]
 
 
-def test_the_reference_is_softmax_attention(attention):
-    inputs = attention.random_inputs(jax.random.key(3), (2, 64, 3, 32))
+@pytest.mark.parametrize("wrong", [_not_causal, _one_block_unwritten, _one_nan])
+def test_the_check_sees_the_same_in_a_sample_of_rows(harness, problem, wrong):
+    inputs, reference = problem
+    rows = np.r_[0:64, 70:128]  # not a whole number of blocks
 
-    for causal in (False, True):
-        ours = attention.reference_attention(*inputs, causal=causal)
+    assert harness.check(_right, inputs, reference[:, rows], rows)["ok"]
+    assert not harness.check(wrong, inputs, reference[:, rows], rows)["ok"]
+
+
+@pytest.mark.parametrize(("seqlen", "seqlen_k", "heads_k"), [(64, 64, 3), (40, 72, 1), (72, 40, 3)])
+def test_the_reference_is_softmax_attention(harness, seqlen, seqlen_k, heads_k):
+    for mask in ("full", "causal"):
+        row = harness.Row(32, mask, seqlen, 2, 3, seqlen_k, heads_k)
+        inputs = harness.random_inputs(jax.random.key(3), row)
+        ours = harness.reference_attention(*inputs, causal=row.causal)
         theirs = jax.nn.dot_product_attention(
-            *(x.astype(jnp.float32) for x in inputs), is_causal=causal
+            *(x.astype(jnp.float32) for x in inputs), is_causal=row.causal
         )
         assert float(jnp.abs(ours - theirs).max()) < 1e-5
 
 
-def test_rounds_interleave_and_the_order_turns(attention):
+def test_long_rows_are_checked_in_blocks_from_first_to_last(harness, monkeypatch):
+    row = harness.Row(32, "causal", 1000, 1, 2, heads_k=1)
+    inputs = harness.random_inputs(jax.random.key(3), row)
+    whole = harness.reference_attention(*inputs, causal=True)
+    assert harness.checked_rows(row) is None
+
+    monkeypatch.setattr(harness, "MAX_CHECKED_SCORES", 1000 * 1000)  # half of it
+    rows = harness.checked_rows(row)
+    assert rows[0] == 0
+    assert rows[-1] == 999
+    assert 400 < len(rows) <= 512
+    assert (np.diff(rows) > 0).all()
+    part = harness.compile_reference(row)(*inputs)
+    assert float(jnp.abs(part - whole[:, rows]).max()) < 1e-5
+
+
+def test_scores_count_what_a_query_sees(harness):
+    for seqlen, seqlen_k in ((5, 5), (3, 7), (7, 3)):
+        row = harness.Row(64, "causal", seqlen, 2, 3, seqlen_k)
+        seen = int(np.tril(np.ones((seqlen, seqlen_k))).sum())
+        papers = seqlen**2 // 2 if seqlen == seqlen_k else seen  # theirs leave half the diagonal
+        assert row.scores == 6 * papers
+        assert row.flops == 4 * 64 * row.scores
+
+
+def test_rounds_interleave_and_the_order_turns(harness):
     calls = []
     runs = {name: lambda *_, name=name: calls.append(name) for name in "abc"}
 
-    seconds = attention.time_interleaved(runs, (), rounds=3, min_seconds=0)
+    seconds = harness.time_interleaved(runs, (), rounds=3, min_seconds=0)
 
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     assert calls[-9:] == list("abcbcacab")
@@ -168,6 +246,48 @@ def test_the_grid_is_the_papers(attention):
         assert len(ratios) == len(attention.GRID_SEQLENS)
     full, causal = (attention.Row(128, mask, 8192, 2, 16) for mask in ("full", "causal"))
     assert full.flops == 2 * causal.flops == 4 * 2 * 16 * 8192**2 * 128
+    assert attention.flash_attention_3_over_cudnn(full) == 1.11
+    assert all(
+        attention.flash_attention_3_over_cudnn(row) is None for row in attention.shape_rows()
+    )
+
+
+def test_mode_shapes_goes_where_the_grid_does_not(attention):
+    """Fewer tiles than multiprocessors, grouped heads, odd lengths, lengths that differ, ..."""
+    rows = {row.case: row for row in attention.shape_rows() if row.head_dim == 128}
+
+    assert len(attention.shape_rows()) == 6 * len(rows)
+    assert {row.seqlen for row in rows.values() if row.batch == 1} >= {16384, 65536}
+    assert rows["gqa8"].query_shape[2] == 8 * rows["gqa8"].key_shape[2]
+    assert rows["odd3001"].seqlen == 3001
+    for row in rows.values():
+        tiles = row.batch * row.heads * math.ceil(row.seqlen / 128)
+        assert (tiles < 132) == row.case.startswith("few")
+    assert rows["short_on_long"].key_shape[1] > rows["short_on_long"].seqlen
+    assert rows["long_on_short"].key_shape[1] < rows["long_on_short"].seqlen
+
+
+def test_a_configuration_that_a_row_cannot_have_is_refused_by_name(attention):
+    """--config must not fall back to the plan's choice in silence."""
+
+    class Extension:
+        def describe_plan(self, dtype, *sizes):
+            *sizes, causal, config = sizes
+            if causal:
+                raise ValueError(f"config {config} is not for causal")
+            return config
+
+    rows = attention.grid_rows(head_dims=(128,), seqlens=(512,))
+    why = attention.rows_not_for(Extension(), "FwdBf16Hdim128Full", rows)
+    assert why == ["128-causal-512: config FwdBf16Hdim128Full is not for causal"]
+
+
+def test_looped_calls_feed_each_other(attention):
+    """Each call's output is the next one's query: none can be left out."""
+    loop = attention.looped(lambda query, key, value: query * 2 + key, 3)
+    query, key = jnp.ones(4, jnp.bfloat16), jnp.full(4, 3, jnp.bfloat16)
+
+    assert (jax.jit(loop)(query, key, key) == ((1 * 2 + 3) * 2 + 3) * 2 + 3).all()
 
 
 def test_tree_hashes_are_gits(tree_hashes, tmp_path):
