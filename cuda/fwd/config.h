@@ -26,6 +26,7 @@ struct FwdConfig {
   bool pingpong;            // warpgroups take turns at issuing matrix products
   Softmax softmax;
   Schedule schedule;
+  bool split_tail;  // what does not fill a wave of CTAs is cut along the keys (split.h)
 
   static constexpr int kElementBytes = 2;
   static constexpr int kMaxSmemBytes = 227 * 1024;  // a CTA on sm_90, CUDA C++ guide, table 30
@@ -45,6 +46,10 @@ struct FwdConfig {
     return (tiles + barriers + 1023) / 1024 * 1024;
   }
 
+  // What one warpgroup leaves of a piece of a tile: 128 threads, each with its outputs and the
+  // state of its two rows.
+  constexpr int partial_bytes() const { return 4 * 128 * (head_dim / 2 + 4); }
+
   // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at
   // launch, threads() times the cap that __launch_bounds__ implies.
   constexpr int producer_registers() const { return consumer_warpgroups <= 2 ? 40 : 32; }
@@ -62,6 +67,7 @@ struct FwdConfig {
     return smem_bytes() <= kMaxSmemBytes && accumulator_registers() <= accumulator_limit() &&
            (softmax != Softmax::kLazy || overlap) && tile_n % 16 == 0 && head_dim % 64 == 0 &&
            stages >= 2 &&
+           (!split_tail || (mask == MaskKind::kFull && schedule == Schedule::kStatic)) &&
            128 * (producer_registers() + consumer_warpgroups * consumer_registers()) <=
                65536 / threads() / 8 * 8 * threads();
   }
@@ -81,7 +87,8 @@ struct FwdHdim64Full {
                                    .overlap = true,
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
-                                   .schedule = Schedule::kStatic};
+                                   .schedule = Schedule::kStatic,
+                                   .split_tail = true};
 };
 template <DType kDType>
 struct FwdHdim64Causal {
@@ -94,7 +101,8 @@ struct FwdHdim64Causal {
                                    .overlap = true,
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
-                                   .schedule = Schedule::kDynamic};
+                                   .schedule = Schedule::kDynamic,
+                                   .split_tail = false};
 };
 template <DType kDType>
 struct FwdHdim128Full {
@@ -107,7 +115,8 @@ struct FwdHdim128Full {
                                    .overlap = true,
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
-                                   .schedule = Schedule::kStatic};
+                                   .schedule = Schedule::kStatic,
+                                   .split_tail = true};
 };
 template <DType kDType>
 struct FwdHdim128Causal {
@@ -120,7 +129,8 @@ struct FwdHdim128Causal {
                                    .overlap = true,
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
-                                   .schedule = Schedule::kDynamic};
+                                   .schedule = Schedule::kDynamic,
+                                   .split_tail = false};
 };
 // 128 output accumulators a lane leave room for two warpgroups only.
 template <DType kDType>
@@ -134,7 +144,8 @@ struct FwdHdim256Full {
                                    .overlap = true,
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
-                                   .schedule = Schedule::kStatic};
+                                   .schedule = Schedule::kStatic,
+                                   .split_tail = true};
 };
 template <DType kDType>
 struct FwdHdim256Causal {
@@ -147,7 +158,8 @@ struct FwdHdim256Causal {
                                    .overlap = true,
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
-                                   .schedule = Schedule::kDynamic};
+                                   .schedule = Schedule::kDynamic,
+                                   .split_tail = false};
 };
 
 // The names a profiler prints.

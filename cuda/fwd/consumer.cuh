@@ -14,6 +14,7 @@
 #include "cuda/core/mask.h"
 #include "cuda/core/softmax.cuh"
 #include "cuda/fwd/epilogue.cuh"
+#include "cuda/fwd/split.cuh"
 #include "cuda/fwd/work.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -64,11 +65,12 @@ class FwdConsumer {
   __device__ __forceinline__ void run() {
     for (FwdSchedule<Config> schedule(rings_.tile_queue);; schedule.step()) {
       schedule.receive();
-      if (schedule.index >= params_.grid.tiles) break;
-      const TileWork work = tile_work<Config>(params_, schedule.index);
-      const KeyBlocks blocks = uniform_blocks(work);
-      if (!attend<kConfig.softmax>(work, blocks, tile_blocks<Config>(params_, work))) {
-        list_for_redo(schedule.index);
+      if (schedule.index >= work_items<Config>(params_)) break;
+      const Piece piece = work_piece<Config>(params_, schedule.index);
+      if (piece.tile == Piece::kNone) continue;
+      const TileWork work = piece_work<Config>(params_, piece);
+      if (!attend<kConfig.softmax>(work, uniform_blocks(work), work.end - work.begin, piece)) {
+        list_for_redo(piece.tile);
       }
     }
     if constexpr (kConfig.softmax == Softmax::kLazy) redo();
@@ -82,40 +84,48 @@ class FwdConsumer {
             __shfl_sync(0xffffffff, blocks.first_row_unseen, 0) != 0};
   }
 
-  // The warpgroup's rows of a tile of `tile_end` blocks. False where a lazy reference failed;
-  // always the same in all threads of the warpgroup.
+  // The warpgroup's rows of a tile, or of a piece of one, of `work_end` blocks; `blocks` are the
+  // warpgroup's own, and both count from the work's first block. False where a lazy reference
+  // failed; always the same in all threads of the warpgroup.
   template <Softmax kSoftmax>
   __device__ __forceinline__ bool attend(const TileWork& work, const KeyBlocks& blocks,
-                                         int32_t tile_end) {
+                                         int32_t work_end, const Piece& piece) {
     float output[kOutputs];
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) output[i] = 0.0f;
 
     const int row = work.tile.m_tile * kConfig.tile_m() + warpgroup_ * 64 + accumulator_row();
+    const int32_t first_key = work.begin * kTileN;
     const int32_t visible[2] = {
-        visible_keys<kConfig.mask>(row, params_.seqlen_k, work.diagonal),
-        visible_keys<kConfig.mask>(row + 8, params_.seqlen_k, work.diagonal)};
+        visible_keys<kConfig.mask>(row, params_.seqlen_k, work.diagonal) - first_key,
+        visible_keys<kConfig.mask>(row + 8, params_.seqlen_k, work.diagonal) - first_key};
 
     // The tile's last blocks may be visible to the warpgroups below only.
-    for (int32_t block = tile_end - 1; block >= blocks.end; --block) skip_block();
+    for (int32_t block = work_end - 1; block >= blocks.end; --block) skip_block();
 
     bool all_good = true;
     bool store[2] = {row < params_.seqlen_q, row + 8 < params_.seqlen_q};
     float inverse[2] = {0.0f, 0.0f};
     float lse[2] = {-INFINITY, -INFINITY};
-    if (tile_end > 0) wait_query();
+    if (work_end > 0) wait_query();
     if (blocks.end > 0) {
       if constexpr (kConfig.overlap) {
         attend_overlapped<kSoftmax>(blocks, visible, output);
       } else {
         attend_in_order(blocks, visible, output);
       }
+      bool lazy = blocks.unmasked_end > 0;  // masked blocks are not
+      if constexpr (kConfig.split_tail && kSoftmax == kConfig.softmax) {
+        if (params_.split.cuts(piece)) {
+          if (!join_pieces<Config>(params_, piece, warpgroup_, softmax_, output)) return true;
+          lazy = true;
+        }
+      }
       softmax_.finish(params_.scale_log2, inverse, lse);
       if constexpr (kSoftmax == Softmax::kLazy) {
-        // Masked blocks are not lazy; a tile that had no others is right.
-        if (blocks.unmasked_end > 0) all_good = check_rows(output, lse);
+        if (lazy) all_good = check_rows(output, lse);
       }
-    } else if (tile_end > 0) {
+    } else if (work_end > 0) {
       release_query();
     }
     if constexpr (kSoftmax != kConfig.softmax) {  // a redo: rows that were right keep their bits
@@ -157,7 +167,7 @@ class FwdConsumer {
       const int chosen = redo.template warpgroup<Config>();
       if (chosen == warpgroup_) {
         const KeyBlocks blocks = uniform_blocks(work);
-        attend<Softmax::kClassical>(work, blocks, blocks.end);
+        attend<Softmax::kClassical>(work, blocks, blocks.end, Piece{});
       } else {
         const int32_t end = warpgroup_blocks<Config>(params_, work, chosen).end;
         for (int32_t block = 0; block < end; ++block) skip_block();

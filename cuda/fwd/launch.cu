@@ -48,7 +48,10 @@ Status launch_fwd(const Problem& problem, const FwdPlan& plan, const FwdBuffers&
   params.tile_counter = reinterpret_cast<uint32_t*>(workspace + FwdWorkspace::kTileCounter);
   params.redo_count = reinterpret_cast<uint32_t*>(workspace + FwdWorkspace::kRedoCount);
   params.redo_next = reinterpret_cast<uint32_t*>(workspace + FwdWorkspace::kRedoNext);
+  params.arrivals = reinterpret_cast<uint32_t*>(workspace + FwdWorkspace::kArrivals);
+  params.partials = reinterpret_cast<float*>(workspace + FwdWorkspace::partials(plan));
   params.grid = plan.grid;
+  params.split = plan.split;
   params.batch_map = problem.batch_map;
   params.seqlen_q = static_cast<int32_t>(problem.seqlen_q);
   params.seqlen_k = static_cast<int32_t>(problem.seqlen_k);
@@ -56,9 +59,8 @@ Status launch_fwd(const Problem& problem, const FwdPlan& plan, const FwdBuffers&
   params.diagonal = static_cast<int32_t>(problem.diagonal);
   params.scale_log2 = static_cast<float>(problem.scale * kLog2e);
 
-  if (config.schedule == Schedule::kDynamic) {
-    JAX_FA3_RETURN_IF_ERROR(
-        cudaMemsetAsync(params.tile_counter, 0, sizeof(*params.tile_counter), stream));
+  if (const int64_t zeroed = FwdWorkspace::zeroed(plan); zeroed > 0) {
+    JAX_FA3_RETURN_IF_ERROR(cudaMemsetAsync(workspace, 0, zeroed, stream));
   }
   if (const cudaError_t error = kLaunchers[plan.config_index](plan.ctas, params, stream);
       error != cudaSuccess) {

@@ -6,6 +6,7 @@
 #include "cuda/core/problem.h"
 #include "cuda/core/tensor_map.h"
 #include "cuda/core/tile_scheduler.h"
+#include "cuda/fwd/split.h"
 
 namespace jax_fa3 {
 
@@ -21,7 +22,10 @@ struct FwdParams {
   uint32_t* tile_counter;       // zero at launch; dynamic schedules only
   uint32_t* redo_next;          // [tiles * consumer warpgroups]: a CTA's list of rows to do again
   uint32_t* redo_count;         // [ctas]: how many there were; written, never read
+  uint32_t* arrivals;           // [tiles cut * consumer warpgroups]: pieces done, zero at launch
+  float* partials;              // [slots][consumer warpgroups]: what pieces leave (split.cuh)
   TileGrid grid;
+  TailSplit split;
   BatchMap batch_map;
   int32_t seqlen_q;
   int32_t seqlen_k;

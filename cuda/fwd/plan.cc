@@ -14,11 +14,10 @@ namespace {
 constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
 
 // What a split costs, in keys: the time in which a CTA would have done so many more keys of a tile.
-// Both its time a key and the bytes of a partial output grow with rows and head dim, so the ratio
+// Its time a key and the bytes of a partial output both grow with rows and head dim, so the ratio
 // holds for every configuration.
-constexpr int64_t kPieceKeys =
-    256;                            // a piece: its query, a first block without overlap, its stores
-constexpr int64_t kJoinKeys = 128;  // reading one piece back
+constexpr int64_t kPieceKeys = 256;  // a piece: its query, its first block alone, its stores
+constexpr int64_t kJoinKeys = 128;   // reading one piece back
 
 // The redo list counts warpgroups of tiles, up to four a tile, in 32 bits.
 constexpr int64_t kMaxTiles = (int64_t{1} << 29) - 1;
@@ -60,7 +59,7 @@ TailSplit plan_split(const FwdConfig& config, uint32_t tiles, int32_t blocks, in
 
   uint32_t best = 0;
   int64_t best_keys = int64_t{blocks} * config.tile_n;
-  for (uint32_t ranges = left + 1; ranges <= sms; ++ranges) {
+  for (uint32_t ranges = left + 1; ranges <= std::min<int64_t>(sms, units); ++ranges) {
     const bool crossing = ranges % left != 0;  // ranges that cross from one tile into the next
     const int64_t keys = ceil_div<int64_t>(units, ranges) * config.tile_n +
                          (crossing ? 2 : 1) * kPieceKeys +

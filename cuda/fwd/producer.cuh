@@ -27,14 +27,15 @@ __device__ __forceinline__ OperandBatch operand_batch(const BatchMap& map, int32
 }
 
 // Loads in the order in which the consumers wait: K(n-1), Q, then K(n-2), V(n-1), ... K(0), V(1),
-// V(0). Keys run one block ahead of values, from the last block to the first.
+// V(0). Keys run one block ahead of values, from the last block to the first. (A piece of a tile
+// has its own first and last block.)
 template <class Config>
 __device__ __forceinline__ void produce(const FwdParams& params, const FwdRings<Config>& rings) {
   constexpr FwdConfig kConfig = Config::value;
   typename FwdRings<Config>::Position k_at, v_at;
   uint32_t q_phase = 0;
 
-  const auto load_tile = [&](const TileWork& work, int32_t blocks) {
+  const auto load = [&](const TileWork& work, int32_t end) {
     const OperandBatch batch = operand_batch(params.batch_map, work.tile.batch);
     const int32_t head_k = work.tile.head / params.group;
 
@@ -53,7 +54,7 @@ __device__ __forceinline__ void produce(const FwdParams& params, const FwdRings<
       v_at.advance();
     };
 
-    load_k(blocks - 1);
+    load_k(end - 1);
 #pragma unroll
     for (int w = 0; w < kConfig.consumer_warpgroups; ++w) {
       ptx::mbarrier_wait(rings.q_empty + 8 * w, q_phase ^ 1);
@@ -63,26 +64,27 @@ __device__ __forceinline__ void produce(const FwdParams& params, const FwdRings<
     }
     q_phase ^= 1;
 #pragma unroll 1  // unrolled, the loop outgrows the producer's registers
-    for (int32_t block = blocks - 2; block >= 0; --block) {
+    for (int32_t block = end - 2; block >= work.begin; --block) {
       load_k(block);
       load_v(block + 1);
     }
-    load_v(0);
+    load_v(work.begin);
   };
 
   for (FwdSchedule<Config> schedule(rings.tile_queue);; schedule.step()) {
     schedule.publish();
-    if (schedule.index >= params.grid.tiles) break;
+    if (schedule.index >= work_items<Config>(params)) break;
     schedule.prefetch(params.tile_counter);
-    const TileWork work = tile_work<Config>(params, schedule.index);
-    const int32_t blocks = tile_blocks<Config>(params, work);
-    if (blocks > 0) load_tile(work, blocks);
+    const Piece piece = work_piece<Config>(params, schedule.index);
+    if (piece.tile == Piece::kNone) continue;
+    const TileWork work = piece_work<Config>(params, piece);
+    if (work.end > work.begin) load(work, work.end);
   }
   if constexpr (kConfig.softmax == Softmax::kLazy) {
     ptx::mbarrier_wait(ptx::shared_address(&rings.redo->drained), 0);
     for (RedoCursor redo(*rings.redo); redo.entry != 0; redo.step(params)) {
       const TileWork work = tile_work<Config>(params, redo.tile<Config>());
-      load_tile(work, warpgroup_blocks<Config>(params, work, redo.warpgroup<Config>()).end);
+      load(work, warpgroup_blocks<Config>(params, work, redo.warpgroup<Config>()).end);
     }
   }
 }

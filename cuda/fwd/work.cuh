@@ -103,35 +103,60 @@ struct RedoCursor {
   }
 };
 
-// What a tile asks for, worked out alike by producer and consumers.
+// A tile, or a piece of one: key blocks [begin, end), worked out alike by producer and consumers.
 struct TileWork {
   Tile tile;
   int32_t diagonal;
+  int32_t begin;
+  int32_t end;
 };
 
+// All key blocks of a tile.
 template <class Config>
 __device__ __forceinline__ TileWork tile_work(const FwdParams& params, uint32_t index) {
-  TileWork work{FwdTileOrder<Config>::tile(params.grid, index), params.diagonal};
+  TileWork work{FwdTileOrder<Config>::tile(params.grid, index), params.diagonal, 0, 0};
   if constexpr (Config::value.mask == MaskKind::kCausal) {
     if (params.query_offset != nullptr) work.diagonal = params.query_offset[work.tile.batch];
+  }
+  const int32_t row = work.tile.m_tile * Config::value.tile_m();
+  work.end = key_blocks<Config::value.mask>(row, min(row + Config::value.tile_m(), params.seqlen_q),
+                                            params.seqlen_k, work.diagonal, Config::value.tile_n)
+                 .end;
+  return work;
+}
+
+// What the schedule's indices stand for: tiles, or with split_tail also pieces.
+template <class Config>
+__device__ __forceinline__ uint32_t work_items(const FwdParams& params) {
+  return Config::value.split_tail ? params.split.items : params.grid.tiles;
+}
+template <class Config>
+__device__ __forceinline__ Piece work_piece(const FwdParams& params, uint32_t index) {
+  if constexpr (Config::value.split_tail) return params.split.piece(index);
+  return {index, 0, 0};
+}
+template <class Config>
+__device__ __forceinline__ TileWork piece_work(const FwdParams& params, const Piece& piece) {
+  TileWork work = tile_work<Config>(params, piece.tile);
+  if constexpr (Config::value.split_tail) {
+    work.begin = piece.begin;
+    work.end = piece.end;
   }
   return work;
 }
 
-// The key blocks of warpgroup `warpgroup`'s 64 rows of a tile, and of the whole tile.
+// The key blocks of warpgroup `warpgroup`'s 64 rows, counted from the work's first.
 template <class Config>
 __device__ __forceinline__ KeyBlocks warpgroup_blocks(const FwdParams& params, const TileWork& work,
                                                       int warpgroup) {
   const int32_t row = work.tile.m_tile * Config::value.tile_m() + warpgroup * 64;
-  return key_blocks<Config::value.mask>(row, min(row + 64, params.seqlen_q), params.seqlen_k,
-                                        work.diagonal, Config::value.tile_n);
-}
-template <class Config>
-__device__ __forceinline__ int32_t tile_blocks(const FwdParams& params, const TileWork& work) {
-  const int32_t row = work.tile.m_tile * Config::value.tile_m();
-  return key_blocks<Config::value.mask>(row, min(row + Config::value.tile_m(), params.seqlen_q),
-                                        params.seqlen_k, work.diagonal, Config::value.tile_n)
-      .end;
+  KeyBlocks blocks = key_blocks<Config::value.mask>(
+      row, min(row + 64, params.seqlen_q), params.seqlen_k, work.diagonal, Config::value.tile_n);
+  if constexpr (Config::value.split_tail) {
+    blocks.end = clamp(blocks.end, work.begin, work.end) - work.begin;
+    blocks.unmasked_end = clamp(blocks.unmasked_end, work.begin, work.end) - work.begin;
+  }
+  return blocks;
 }
 
 }  // namespace jax_fa3

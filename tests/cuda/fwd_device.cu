@@ -1,6 +1,10 @@
 // The forward kernels without JAX: small problems launched straight from C++ and compared with a
-// loop on the host. What compute-sanitizer watches (tools/sanitize.py), and two streams at once.
-// Every array is an allocation of its own, so that memcheck sees an access past its end.
+// loop on the host. What compute-sanitizer watches (tools/sanitize.py), two streams at once, and
+// launches that must repeat bit for bit. Every array is an allocation of its own, so that memcheck
+// sees an access past its end.
+//
+//   fwd_device              every case, compared with the definition
+//   fwd_device --soak=N     N launches over shapes of every kind, each compared with its first
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -8,6 +12,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -31,6 +37,10 @@ struct Case {
   Problem problem;
   std::vector<int32_t> query_offset;  // one a batch row, or empty
   float query_factor = 1.0f;          // peaks the scores
+  int64_t spike = -1;                 // this key outweighs all others together, for every query
+  int64_t infinite = -1;              // this key holds an infinity
+  int64_t nan = -1;                   // this query holds a NaN
+  int64_t check_every = 1;            // queries that are compared with the definition
 };
 
 uint16_t bits(DType dtype, float x) {
@@ -53,6 +63,8 @@ class DeviceArray {
   ~DeviceArray() { cudaFree(data_); }
   DeviceArray(const DeviceArray&) = delete;
   T* get() const { return data_; }
+  size_t count() const { return count_; }
+  size_t bytes() const { return count_ * sizeof(T); }
   void copy_from(const std::vector<T>& host) {
     if (count_ == 0) return;
     CHECK_CUDA(cudaMemcpy(data_, host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
@@ -70,6 +82,15 @@ class DeviceArray {
   T* data_ = nullptr;
 };
 
+__global__ void count_differing(const uint32_t* a, const uint32_t* b, size_t count,
+                                uint32_t* differing) {
+  uint32_t here = 0;
+  for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
+    here += a[i] != b[i];
+  }
+  if (here > 0) atomicAdd(differing, here);
+}
+
 // One problem with its arrays, ready to launch any number of times.
 class Run {
  public:
@@ -84,20 +105,37 @@ class Run {
         workspace_(fwd_workspace_bytes(c.problem)) {
     std::mt19937 generator(seed);
     std::normal_distribution<float> normal;
-    const auto fill = [&](DeviceArray<uint16_t>& array, std::vector<float>& host, size_t count,
-                          float factor) {
+    const auto draw = [&](std::vector<float>& host, size_t count, float factor) {
       host.resize(count);
-      std::vector<uint16_t> raw(count);
-      for (size_t i = 0; i < count; ++i) {
-        raw[i] = bits(c.problem.dtype, factor * normal(generator));
+      for (float& x : host) x = factor * normal(generator);
+    };
+    const auto send = [&](DeviceArray<uint16_t>& array, std::vector<float>& host) {
+      std::vector<uint16_t> raw(host.size());
+      for (size_t i = 0; i < host.size(); ++i) {
+        raw[i] = bits(c.problem.dtype, host[i]);
         host[i] = value(c.problem.dtype, raw[i]);
       }
       array.copy_from(raw);
     };
     const Problem& p = c.problem;
-    fill(q_, q_host_, p.batch_q * p.seqlen_q * p.heads_q * p.head_dim, c.query_factor);
-    fill(k_, k_host_, p.batch_k * p.seqlen_k * p.heads_k * p.head_dim, 1.0f);
-    fill(v_, v_host_, p.batch_v * p.seqlen_k * p.heads_k * p.head_dim, 1.0f);
+    draw(q_host_, p.batch_q * p.seqlen_q * p.heads_q * p.head_dim, c.query_factor);
+    draw(k_host_, p.batch_k * p.seqlen_k * p.heads_k * p.head_dim, 1.0f);
+    draw(v_host_, p.batch_v * p.seqlen_k * p.heads_k * p.head_dim, 1.0f);
+    const int64_t q_row = p.heads_q * p.head_dim, k_row = p.heads_k * p.head_dim;
+    if (c.spike >= 0) {
+      // Every query looks the same way, and the key is long: scores of some 200 nats.
+      for (size_t i = 0; i < q_host_.size(); i += p.head_dim) q_host_[i] = 8.0f;
+      for (int64_t b = 0; b < p.batch_k; ++b) {
+        for (int64_t n = 0; n < p.heads_k; ++n) {
+          k_host_[(b * p.seqlen_k + c.spike) * k_row + n * p.head_dim] = 25.0f / p.scale;
+        }
+      }
+    }
+    if (c.infinite >= 0) k_host_[c.infinite * k_row] = INFINITY;
+    if (c.nan >= 0) q_host_[c.nan * q_row] = NAN;
+    send(q_, q_host_);
+    send(k_, k_host_);
+    send(v_, v_host_);
     offset_.copy_from(c.query_offset);
   }
 
@@ -106,7 +144,7 @@ class Run {
     if (Status status = current_device(device); !status.ok()) return status;
     FwdPlan plan;
     if (Status status = plan_fwd(c_.problem, device, plan); !status.ok()) return status;
-    ctas_ = plan.ctas;
+    plan_ = plan;
     return launch_fwd(
         c_.problem, plan,
         {q_.get(), k_.get(), v_.get(), offset_.get(), out_.get(), lse_.get(), workspace_.get()},
@@ -119,8 +157,35 @@ class Run {
     const std::vector<uint8_t> workspace = workspace_.copy();
     const auto* counts =
         reinterpret_cast<const uint32_t*>(workspace.data() + FwdWorkspace::kRedoCount);
-    for (int cta = 0; cta < ctas_; ++cta) sum += static_cast<int>(counts[cta]);
+    for (int cta = 0; cta < plan_.ctas; ++cta) sum += static_cast<int>(counts[cta]);
     return sum;
+  }
+  bool split() const { return plan_.split.ranges > 0; }
+
+  // Whether the results are, bit for bit, those of the last call. On the device: adds the number of
+  // words that differ to *differing, and keeps the first results. Results and workspace are
+  // poisoned behind it.
+  void compare_with_first(uint32_t* differing, cudaStream_t stream) {
+    const bool first = first_out_ == nullptr;
+    if (first) {
+      first_out_ = std::make_unique<DeviceArray<uint16_t>>(out_.count());
+      first_lse_ = std::make_unique<DeviceArray<float>>(lse_.count());
+      CHECK_CUDA(cudaMemcpyAsync(first_out_->get(), out_.get(), out_.bytes(),
+                                 cudaMemcpyDeviceToDevice, stream));
+      CHECK_CUDA(cudaMemcpyAsync(first_lse_->get(), lse_.get(), lse_.bytes(),
+                                 cudaMemcpyDeviceToDevice, stream));
+    } else {
+      count_differing<<<64, 256, 0, stream>>>(reinterpret_cast<const uint32_t*>(out_.get()),
+                                              reinterpret_cast<const uint32_t*>(first_out_->get()),
+                                              out_.bytes() / 4, differing);
+      count_differing<<<64, 256, 0, stream>>>(reinterpret_cast<const uint32_t*>(lse_.get()),
+                                              reinterpret_cast<const uint32_t*>(first_lse_->get()),
+                                              lse_.bytes() / 4, differing);
+      CHECK_CUDA(cudaGetLastError());
+    }
+    CHECK_CUDA(cudaMemsetAsync(out_.get(), 0xff, out_.bytes(), stream));
+    CHECK_CUDA(cudaMemsetAsync(lse_.get(), 0xff, lse_.bytes(), stream));
+    CHECK_CUDA(cudaMemsetAsync(workspace_.get(), 0xff, workspace_.bytes(), stream));
   }
 
   // Against the definition, in double. Returns what is wrong, or nothing.
@@ -142,7 +207,7 @@ class Run {
       }
       for (int64_t n = 0; n < p.heads_q; ++n) {
         const int64_t head_k = n / (p.heads_q / p.heads_k);
-        for (int64_t t = 0; t < p.seqlen_q; ++t) {
+        for (int64_t t = 0; t < p.seqlen_q; t += c_.check_every) {
           const int64_t diagonal = c_.query_offset.empty() ? p.diagonal : c_.query_offset[b];
           int64_t visible = p.seqlen_k;
           if (p.mask == MaskKind::kCausal) {
@@ -161,9 +226,12 @@ class Run {
           }
           double sum = 0;
           for (double& y : x) sum += y = std::exp(y - max);
-          const double wanted_lse = visible == 0 ? -INFINITY : max + std::log(sum);
+          // With an infinite score the sum is NaN, but lse is that infinity.
+          const double wanted_lse = visible == 0      ? -INFINITY
+                                    : max == INFINITY ? INFINITY
+                                                      : max + std::log(sum);
           const float got_lse = lse[(b * p.heads_q + n) * p.seqlen_q + t];
-          if (visible == 0 ? got_lse != -INFINITY : !(std::abs(got_lse - wanted_lse) < 2e-3)) {
+          if (!agree(got_lse, wanted_lse, 2e-3)) {
             return at(b, n, t) + "lse is " + std::to_string(got_lse) + ", expected " +
                    std::to_string(wanted_lse);
           }
@@ -175,7 +243,7 @@ class Run {
             }
             const float got =
                 value(p.dtype, out[((b * p.seqlen_q + t) * p.heads_q + n) * p.head_dim + h]);
-            if (!(std::abs(got - wanted) < tolerance)) {
+            if (!agree(got, wanted, tolerance)) {
               return at(b, n, t) + "out[" + std::to_string(h) + "] is " + std::to_string(got) +
                      ", expected " + std::to_string(wanted);
             }
@@ -187,6 +255,11 @@ class Run {
   }
 
  private:
+  static bool agree(double got, double wanted, double tolerance) {
+    if (std::isnan(wanted)) return std::isnan(got);
+    if (std::isinf(wanted)) return got == wanted;
+    return std::abs(got - wanted) < tolerance;
+  }
   static std::string at(int64_t b, int64_t n, int64_t t) {
     return "batch " + std::to_string(b) + ", head " + std::to_string(n) + ", query " +
            std::to_string(t) + ": ";
@@ -198,8 +271,10 @@ class Run {
   DeviceArray<uint16_t> out_;
   DeviceArray<float> lse_;
   DeviceArray<uint8_t> workspace_;
+  std::unique_ptr<DeviceArray<uint16_t>> first_out_;
+  std::unique_ptr<DeviceArray<float>> first_lse_;
   std::vector<float> q_host_, k_host_, v_host_;
-  int ctas_ = 0;
+  FwdPlan plan_;
 };
 
 Case make(std::string name, DType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
@@ -265,6 +340,43 @@ std::vector<Case> cases() {
   return all;
 }
 
+// Few tiles or an incomplete last wave of them, and keys enough to cut them into pieces.
+std::vector<Case> split_cases() {
+  std::vector<Case> all;
+  const auto add = [&](Case c, int64_t check_every) {
+    c.check_every = check_every;
+    all.push_back(c);
+  };
+  const MaskKind full = MaskKind::kFull;
+  for (int head_dim : {64, 128, 256}) {
+    const std::string d = " d" + std::to_string(head_dim);
+    for (DType dtype : {DType::kBF16, DType::kF16}) {
+      const std::string what = std::string(" ") + name(dtype) + d;
+      // A range that covers parts of two tiles, a last block of a few keys, a last row of a few.
+      add(make("few tiles" + what, dtype, 1, 400, 4099, 3, 1, head_dim, full), 31);
+      Case spike = make("one piece is redone" + what, dtype, 1, 300, 4096, 2, 1, head_dim, full);
+      spike.spike = 3;  // in the first piece, which the others know nothing of
+      add(spike, 29);
+      spike.name = "a middle piece is redone" + what;
+      spike.spike = 1700;
+      add(spike, 29);
+      Case peaked = make("peaked few tiles" + what, dtype, 1, 257, 3001, 2, 2, head_dim, full);
+      peaked.query_factor = 40.0f;
+      add(peaked, 17);
+    }
+    add(make("one tile in many pieces" + d, DType::kBF16, 1, 5, 20000, 1, 1, head_dim, full), 1);
+    // Whole waves, then a part of one.
+    add(make("last wave" + d, DType::kBF16, 5, 250, 2050, 30, 1, head_dim, full), 97);
+    Case infinite = make("an infinite key" + d, DType::kBF16, 1, 200, 4096, 1, 1, head_dim, full);
+    infinite.infinite = 2222;
+    add(infinite, 7);
+    Case nan = make("a NaN query" + d, DType::kBF16, 1, 200, 4096, 1, 1, head_dim, full);
+    nan.nan = 70;
+    add(nan, 7);
+  }
+  return all;
+}
+
 int run_all() {
   int passed = 0, failed = 0, redone_cases = 0;
   const auto report = [&](const std::string& name, const std::string& wrong) {
@@ -286,6 +398,27 @@ int run_all() {
   // Peaked scores are there to leave the range of a lazy reference: that must have happened.
   report("rows are redone", redone_cases > 0 ? "" : "no peaked case was done again");
 
+  // Cut into pieces, and the same bits whichever piece is done last.
+  DeviceArray<uint32_t> differing(1);
+  for (const Case& c : split_cases()) {
+    Run run(c, ++seed);
+    const Status status = run.launch(nullptr);
+    CHECK_CUDA(cudaDeviceSynchronize());
+    report(c.name, status.ok() ? run.verify() : status.message);
+    report(c.name, run.split() ? "" : "was not split");
+    if (c.query_factor > 1 || c.spike >= 0 || c.nan >= 0 || c.infinite >= 0) {
+      report(c.name, run.redone() > 0 ? "" : "was not done again");
+    }
+    CHECK_CUDA(cudaMemset(differing.get(), 0, 4));
+    for (int i = 0; i < 20; ++i) {
+      run.compare_with_first(differing.get(), nullptr);
+      report(c.name, run.launch(nullptr).message);
+    }
+    run.compare_with_first(differing.get(), nullptr);
+    const uint32_t words = differing.copy()[0];
+    report(c.name, words == 0 ? "" : std::to_string(words) + " words differ between launches");
+  }
+
   // Two streams at once: nothing is shared between launches.
   cudaStream_t streams[2];
   for (cudaStream_t& stream : streams) {
@@ -304,14 +437,52 @@ int run_all() {
   return failed == 0 ? 0 : 1;
 }
 
+// Launches of varied shapes in a random order, back to back, static and dynamic schedules, split
+// and whole; the results of each are compared on the device with those of its shape's first.
+int soak(int launches) {
+  std::vector<Case> shapes = cases();
+  for (const Case& c : split_cases()) shapes.push_back(c);
+  std::vector<std::unique_ptr<Run>> runs;
+  for (const Case& c : shapes) runs.push_back(std::make_unique<Run>(c, 77));
+  DeviceArray<uint32_t> differing(shapes.size());
+  CHECK_CUDA(cudaMemset(differing.get(), 0, 4 * shapes.size()));
+  std::mt19937 generator(1);
+  for (int i = 0; i < launches; ++i) {
+    const size_t shape = static_cast<size_t>(i) < shapes.size() ? i : generator() % shapes.size();
+    if (const Status status = runs[shape]->launch(nullptr); !status.ok()) {
+      std::printf("FAILED %s: %s\n", shapes[shape].name.c_str(), status.message.c_str());
+      return 1;
+    }
+    runs[shape]->compare_with_first(differing.get() + shape, nullptr);
+  }
+  CHECK_CUDA(cudaDeviceSynchronize());
+  const std::vector<uint32_t> words = differing.copy();
+  int failed = 0;
+  for (size_t shape = 0; shape < shapes.size(); ++shape) {
+    if (words[shape] == 0) continue;
+    ++failed;
+    std::printf("FAILED %s: %u words differed\n", shapes[shape].name.c_str(), words[shape]);
+  }
+  std::printf("%d launches over %zu shapes, %d shapes changed\n", launches, shapes.size(), failed);
+  return failed == 0 ? 0 : 1;
+}
+
 }  // namespace
 }  // namespace jax_fa3
 
-int main() {
+int main(int argc, char** argv) {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("no GPU: nothing was tested\n");
     return 3;
+  }
+  constexpr char kSoak[] = "--soak=";
+  if (argc == 2 && std::strncmp(argv[1], kSoak, sizeof(kSoak) - 1) == 0) {
+    return jax_fa3::soak(std::atoi(argv[1] + sizeof(kSoak) - 1));
+  }
+  if (argc != 1) {
+    std::fprintf(stderr, "usage: fwd_device [--soak=LAUNCHES]\n");
+    return 2;
   }
   return jax_fa3::run_all();
 }

@@ -129,7 +129,7 @@ TEST(Plan, MoreTilesThanTheCounterHoldsAreRefused) {
 }
 
 TEST(Plan, TheWorkspaceHoldsOneWordForEvery64Rows) {
-  const Problem p = problem(2, 8192, 16, 128, MaskKind::kFull);
+  const Problem p = problem(2, 8192, 16, 128, MaskKind::kCausal);
   const FwdPlan plan = planned(p);
   EXPECT_EQ(
       fwd_workspace_bytes(p),
@@ -137,11 +137,70 @@ TEST(Plan, TheWorkspaceHoldsOneWordForEvery64Rows) {
   EXPECT_LT(fwd_workspace_bytes(p), 2 * 16 * 8192 * 4 / 32);  // a small part of lse
 }
 
+// 43 tiles of 192 rows a head: 1376 tiles are ten waves of 132 and 56 tiles.
+TEST(Plan, WhatDoesNotFillAWaveIsCutAlongTheKeys) {
+  const FwdPlan plan = planned(problem(2, 8192, 16, 128, MaskKind::kFull));
+  EXPECT_EQ(plan.split.whole_tiles, 10u * 132);
+  EXPECT_GT(plan.split.ranges, 112u);
+  EXPECT_EQ(plan.ctas, 132);
+  // Few tiles: every multiprocessor gets a piece.
+  const FwdPlan few = planned(problem(1, 4096, 2, 128, MaskKind::kFull));
+  EXPECT_LT(few.grid.tiles, 66u);
+  EXPECT_EQ(few.split.whole_tiles, 0u);
+  EXPECT_GT(few.ctas, 120);
+}
+
+TEST(Plan, ACutMustPay) {
+  // The tiles fill their waves.
+  EXPECT_EQ(planned(problem(1, 64 * 192, 132, 128, MaskKind::kFull)).split.ranges, 0u);
+  // Joining the pieces would take longer than doing so few keys.
+  EXPECT_EQ(planned(problem(32, 512, 16, 128, MaskKind::kFull)).split.ranges, 0u);
+  EXPECT_EQ(planned(problem(1, 512, 4, 64, MaskKind::kFull)).split.ranges, 0u);
+  // Almost a whole wave is left.
+  EXPECT_EQ(planned(problem(1, 192 * 131, 1, 128, MaskKind::kFull)).split.ranges, 0u);
+  // Causal tiles are of unequal length and handed out by a counter.
+  EXPECT_EQ(planned(problem(2, 8192, 16, 128, MaskKind::kCausal)).split.ranges, 0u);
+}
+
+TEST(Plan, OneTileIsNotCutIntoTooManyPieces) {
+  Problem p = problem(1, 1, 1, 128, MaskKind::kFull);
+  p.seqlen_k = 1 << 16;
+  const FwdPlan plan = planned(p);
+  EXPECT_GT(plan.split.ranges, 8u);
+  EXPECT_LT(plan.split.ranges, 64u);  // one warpgroup reads them all back
+  EXPECT_EQ(plan.ctas, static_cast<int>(plan.split.ranges));
+}
+
+TEST(Plan, TheWorkspaceHoldsThePiecesOnAnyDevice) {
+  for (MaskKind mask : {MaskKind::kFull, MaskKind::kCausal}) {
+    for (int64_t heads : {1, 2, 7, 16, 33, 64}) {
+      for (int64_t seqlen : {100, 1000, 2048, 5000, 16384}) {
+        for (int64_t head_dim : {64, 128, 256}) {
+          const Problem p = problem(1, seqlen, heads, head_dim, mask);
+          const int64_t bytes = fwd_workspace_bytes(p);
+          for (int sm_count : {1, 20, 78, 114, 132, 144, 300}) {
+            FwdPlan plan;
+            ASSERT_TRUE(plan_fwd(p, Device{sm_count}, plan).ok());
+            EXPECT_LE(FwdWorkspace::bytes(plan), bytes) << describe(p, plan);
+            EXPECT_LE(plan.ctas, sm_count);
+            EXPECT_LE(FwdWorkspace::zeroed(plan), FwdWorkspace::kRedoCount);
+            // Zeroing is a launch of its own: only counters cost it.
+            EXPECT_EQ(FwdWorkspace::zeroed(plan) > 0,
+                      mask == MaskKind::kCausal || plan.split.ranges > 0);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Plan, TheDescriptionNamesConfigurationAndProblem) {
   const Problem p = problem(2, 8192, 16, 128, MaskKind::kCausal);
   const std::string text = describe(p, planned(p));
   EXPECT_NE(text.find("FwdBf16Hdim128Causal"), std::string::npos);
   EXPECT_NE(text.find("batch 2"), std::string::npos);
+  const Problem full = problem(2, 8192, 16, 128, MaskKind::kFull);
+  EXPECT_NE(describe(full, planned(full)).find("the last 56 cut into"), std::string::npos);
 }
 
 template <class Order>
