@@ -20,38 +20,18 @@ How it measures is said in harness.py.
 
 import fnmatch
 import functools
-import importlib.util
 import math
 import statistics
 import sys
 import time
-import unittest.mock
 
 import harness
 import jax
 import jax.numpy as jnp
+import peers as implementations
 from absl import app, flags
 from harness import Row, Unavailable
-
-import jax_fa3
-from jax_fa3 import _native
-
-# FlashAttention-3's forward speed over cuDNN's, for sequences of 512, 1024, ... 16384. Measured
-# once on one H200 in August 2026: the original FlashAttention-3 kernels (nvcc 13.0), called from
-# JAX 0.11.2 through an FFI binding, beside cuDNN 9.19 through jax.nn.dot_product_attention; bf16,
-# this grid, median of 3 interleaved rounds, 8192^3 bf16 GEMM 739 TFLOP/s in the same run.
-# Absolute figures move with a machine's clock, ratios hardly: the original's place in another run
-# is that run's cuDNN figure times this.
-FLASH_ATTENTION_3_OVER_CUDNN = {
-    (64, "full"): (0.93, 0.92, 1.06, 1.07, 1.16, 1.13),
-    (64, "causal"): (0.99, 0.97, 1.12, 1.10, 1.19, 1.18),
-    (128, "full"): (1.15, 1.15, 1.09, 1.07, 1.11, 1.11),
-    (128, "causal"): (1.37, 1.30, 1.28, 1.23, 1.22, 1.19),
-    (256, "full"): (1.18, 1.14, 1.10, 1.06, 1.06, 1.10),
-    (256, "causal"): (1.19, 1.23, 1.18, 1.24, 1.25, 1.18),
-}
-GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-GRID_TOKENS = 16384
+from peers import GRID_HIDDEN, GRID_SEQLENS, GRID_TOKENS, PEERS
 
 _MODE = flags.DEFINE_enum(
     "mode", "grid", ["grid", "length", "shapes", "launch"], "What to measure; see the module."
@@ -66,16 +46,13 @@ _PEERS = flags.DEFINE_list(
     "peers",
     None,
     "Implementations, jax_fa3's own first; default: those that a mode compares with and that can "
-    "run. See PEERS in the source.",
+    "run. See peers.py.",
 )
 _CONFIG = flags.DEFINE_string(
     "config",
     None,
     "Configuration of the kernels that peer fa3 takes instead of the plan's choice, such as "
     "FwdBf16Hdim128Full; forward only. An error where a row is not for it: choose --rows.",
-)
-_JNP_MAX_GIB = flags.DEFINE_float(
-    "jnp_max_gib", 20, "Leave plain jnp out where its float32 scores alone are larger."
 )
 _MAX_SEQLEN = flags.DEFINE_integer("max_seqlen", 32768, "Longest sequence of mode length.")
 _LAUNCH_CALLS = flags.DEFINE_integer("launch_calls", 200, "Calls of mode launch's loop.")
@@ -89,7 +66,9 @@ _OUTPUT = flags.DEFINE_string(
 # --------------------------------------------------------------------------------------------------
 
 
-def grid_rows(tokens=GRID_TOKENS, hidden=2048, head_dims=(128, 64, 256), seqlens=GRID_SEQLENS):
+def grid_rows(
+    tokens=GRID_TOKENS, hidden=GRID_HIDDEN, head_dims=(128, 64, 256), seqlens=GRID_SEQLENS
+):
     """The paper's grid; the head dim that most models use comes first, in case time runs out."""
     return [
         Row(head_dim, mask, seqlen, tokens // seqlen, hidden // head_dim)
@@ -108,7 +87,7 @@ def length_rows(first=4096, last=32768, heads=16, head_dim=128):
     return [Row(head_dim, "causal", first * 2**n, 1, heads) for n in doublings]
 
 
-def shape_rows(head_dims=(128, 64, 256), hidden=2048, shrink=1):
+def shape_rows(head_dims=(128, 64, 256), hidden=GRID_HIDDEN, shrink=1):
     """What the grid's rule of 16k tokens in equal sequences leaves out; lengths over `shrink`."""
 
     def row(head_dim, mask, case, batch, heads, seqlen, seqlen_k=None, heads_k=None):
@@ -158,26 +137,6 @@ def rows_of(mode, smoke):
     return launch_rows((64,), (16, 32), 2) if smoke else launch_rows()
 
 
-def _jax_fa3_peer(implementation):
-    def make(row):
-        if implementation == "fa3" and _CONFIG.value:
-            call = harness.kernel_call(extension(), _native.FWD_TARGET, row, _CONFIG.value)
-            return lambda query, key, value: call(query, key, value)[0]
-        return functools.partial(
-            jax_fa3.dot_product_attention, is_causal=row.causal, implementation=implementation
-        )
-
-    return make
-
-
-def extension():
-    """The compiled extension. Raises: Unavailable, with the reason, where there is none."""
-    module = _native.extension()
-    if module is None:
-        raise Unavailable("; ".join(_native.why_not()))
-    return module
-
-
 def rows_not_for(module, config, rows):
     """Why each of `rows` that cannot have the kernel configuration `config` cannot, as lines."""
     why = []
@@ -187,71 +146,6 @@ def rows_not_for(module, config, rows):
         except ValueError as error:
             why.append(f"{row.name}: {error}")
     return why
-
-
-def _cudnn_peer(row):
-    if jax.default_backend() != "gpu":
-        raise Unavailable("cuDNN needs a GPU")
-    return functools.partial(
-        jax.nn.dot_product_attention, is_causal=row.causal, implementation="cudnn"
-    )
-
-
-def _jnp_peer(row):
-    gib = row.scores_bytes / 2**30
-    if gib > _JNP_MAX_GIB.value:
-        raise Unavailable(f"its scores alone are {gib:.0f} GiB")
-    return functools.partial(
-        jax.nn.dot_product_attention, is_causal=row.causal, implementation="xla"
-    )
-
-
-@functools.cache
-def _import_tokamax():
-    if importlib.util.find_spec("tokamax") is None:
-        raise Unavailable("not installed")
-    # tokamax's benchmark helper imports xprof, a large package that attention does not need.
-    for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
-        sys.modules.setdefault(name, unittest.mock.MagicMock())
-    sys.modules.setdefault("xprof.cli.tools.get_kernel_stats_tool", unittest.mock.MagicMock())
-    import tokamax  # pyright: ignore[reportMissingImports]
-
-    return tokamax
-
-
-def _tokamax_peer(row):
-    if jax.default_backend() != "gpu":
-        raise Unavailable("its mosaic kernels need a GPU")
-    return functools.partial(
-        _import_tokamax().dot_product_attention, is_causal=row.causal, implementation="mosaic"
-    )
-
-
-def _flash_mha_peer(module):
-    """A wheel of the original FlashAttention-3 kernels for JAX."""
-
-    def make(row):
-        if jax.default_backend() != "gpu":
-            raise Unavailable("needs a GPU")
-        if importlib.util.find_spec(module) is None:
-            raise Unavailable("not installed")
-        return functools.partial(importlib.import_module(module).flash_mha, is_causal=row.causal)
-
-    return make
-
-
-# Name -> function of a Row that gives the attention function (query, key, value) -> out, or
-# raises Unavailable. jax_fa3's own come with a fixed implementation: a silent fallback would be
-# timed as the kernel.
-PEERS = {
-    "fa3": _jax_fa3_peer("fa3"),
-    "xla": _jax_fa3_peer("xla"),
-    "cudnn": _cudnn_peer,
-    "jnp": _jnp_peer,  # jax.nn.dot_product_attention(implementation="xla"): jnp.einsum and softmax
-    "tokamax": _tokamax_peer,
-    "flash_attn3_jax": _flash_mha_peer("flash_attn3_jax"),
-    "dew_flash_attn": _flash_mha_peer("dew_flash_attn"),
-}
 
 
 def default_peers():
@@ -270,10 +164,16 @@ def default_peers():
 # --------------------------------------------------------------------------------------------------
 
 
+def _attention(peer, row):
+    return implementations.attention(peer, row, _CONFIG.value)
+
+
 def _plan(row):
     """The kernel that jax_fa3 plans for the row, as text; None without the extension."""
-    module = _native.extension()
-    return module and harness.kernel_plan(module, row, _CONFIG.value or "")
+    try:
+        return harness.kernel_plan(implementations.extension(), row, _CONFIG.value or "")
+    except Unavailable:
+        return None
 
 
 def _report_of(measured):
@@ -297,7 +197,7 @@ def measure_forward(rows, peers, results, yardstick, clock):
             jobs[row, "reference"] = functools.partial(harness.compile_reference, row)
             for peer in peers:
                 jobs[row, peer] = lambda row=row, peer=peer: harness.compile_for(
-                    PEERS[peer](row), row
+                    _attention(peer, row), row
                 )
         compiled = harness.compile_all(jobs)
         for row in chunk:
@@ -333,7 +233,7 @@ def measure_row(row, compiled, reference, clock):
         "plan": _plan(row) if "fa3" in runs else None,
     }
     cudnn = entries.get("cudnn", {}).get("tflops")
-    if cudnn and (x := flash_attention_3_over_cudnn(row)):
+    if cudnn and (x := implementations.flash_attention_3_over_cudnn(row)):
         measured["flash_attention_3"] = {"over_cudnn": x, "tflops": x * cudnn}
     ours = entries.get("fa3", {}).get("tflops")
     if ours:
@@ -343,13 +243,6 @@ def measure_row(row, compiled, reference, clock):
             peer: ours / tflops for peer, tflops in others.items() if tflops and peer != "fa3"
         }
     return measured
-
-
-def flash_attention_3_over_cudnn(row):
-    """The measured ratio for a row of the paper's grid, None for others."""
-    if row.case or row.batch * row.seqlen != GRID_TOKENS or row.seqlen not in GRID_SEQLENS:
-        return None
-    return FLASH_ATTENTION_3_OVER_CUDNN[row.head_dim, row.mask][GRID_SEQLENS.index(row.seqlen)]
 
 
 def _row_text(measured):
@@ -390,10 +283,10 @@ def measure_launch(rows, peers, results, yardstick, clock):
         for peer in peers:
 
             def once(row=row, peer=peer):
-                return harness.compile_for(PEERS[peer](row), row)
+                return harness.compile_for(_attention(peer, row), row)
 
             def loop(row=row, peer=peer):
-                return harness.compile_for(looped(PEERS[peer](row), calls), row)
+                return harness.compile_for(looped(_attention(peer, row), calls), row)
 
             jobs[row, "once", peer] = once
             jobs[row, "loop", peer] = loop
@@ -403,9 +296,9 @@ def measure_launch(rows, peers, results, yardstick, clock):
         if results.out_of_time():
             break
         inputs = harness.random_inputs(jax.random.key(row.seqlen), row)
-        once = {peer: compiled[row, "once", peer] for peer in peers}
+        singles = {peer: compiled[row, "once", peer] for peer in peers}
         expected = _expected(row, compiled[row, "once", "reference"], inputs)
-        entries, checked = harness.check_all(once, inputs, expected)
+        entries, checked = harness.check_all(singles, inputs, expected)
         runs = {}
         for peer in checked:
             run = compiled[row, "loop", peer]
@@ -418,10 +311,9 @@ def measure_launch(rows, peers, results, yardstick, clock):
             runs, inputs, harness.ROUNDS.value, harness.MIN_SECONDS.value
         )
         for peer, seconds in timed.items():
-            each = [loop / calls for loop in seconds]
+            each = [total / calls for total in seconds]
             entries[peer] |= {"seconds": statistics.median(each), "rounds": each}
-        measured = {
-            **row.fields(),
+        measured = row.fields() | {
             "calls": calls,
             "peers": entries,
             "sm_clock_mhz": clock.median_since(start),
@@ -470,7 +362,7 @@ def measure_length(rows, peers, results, yardstick, clock):
             for which in passes:
 
                 def job(row=row, peer=peer, which=which):
-                    attention = PEERS[peer](row)
+                    attention = _attention(peer, row)
                     return harness.compile_for(
                         attention if which == "forward" else with_gradient(attention), row
                     )
@@ -597,7 +489,7 @@ def main(argv):
         if mode == "length":
             raise app.UsageError("--config forces a forward kernel; mode length has gradients")
         try:
-            why = rows_not_for(extension(), _CONFIG.value, rows)
+            why = rows_not_for(implementations.extension(), _CONFIG.value, rows)
         except Unavailable as reason:
             why = [str(reason)]
         if why:

@@ -44,6 +44,11 @@ def attention(tree_hashes):
 
 
 @pytest.fixture
+def peers(tree_hashes):
+    return importlib.import_module("peers")
+
+
+@pytest.fixture
 def report(tree_hashes):
     return importlib.import_module("report")
 
@@ -235,21 +240,21 @@ def test_rounds_interleave_and_the_order_turns(harness):
     assert calls[-9:] == list("abcbcacab")
 
 
-def test_the_grid_is_the_papers(attention):
+def test_the_grid_is_the_papers(attention, peers):
     rows = attention.grid_rows()
 
     assert len(rows) == 36
     assert {row.batch * row.seqlen for row in rows} == {16384}
     assert {row.heads * row.head_dim for row in rows} == {2048}
-    assert {(row.head_dim, row.mask) for row in rows} == set(attention.FLASH_ATTENTION_3_OVER_CUDNN)
-    for ratios in attention.FLASH_ATTENTION_3_OVER_CUDNN.values():
-        assert len(ratios) == len(attention.GRID_SEQLENS)
+    assert {(row.head_dim, row.mask) for row in rows} == set(peers.FLASH_ATTENTION_3_OVER_CUDNN)
+    for ratios in peers.FLASH_ATTENTION_3_OVER_CUDNN.values():
+        assert len(ratios) == len(peers.GRID_SEQLENS)
     full, causal = (attention.Row(128, mask, 8192, 2, 16) for mask in ("full", "causal"))
     assert full.flops == 2 * causal.flops == 4 * 2 * 16 * 8192**2 * 128
-    assert attention.flash_attention_3_over_cudnn(full) == 1.11
-    assert all(
-        attention.flash_attention_3_over_cudnn(row) is None for row in attention.shape_rows()
-    )
+    assert peers.flash_attention_3_over_cudnn(full) == 1.11
+    beyond = {row.case for row in attention.shape_rows() if row.case != "long16k"}
+    with_ratio = filter(peers.flash_attention_3_over_cudnn, attention.shape_rows())
+    assert not beyond & {row.case for row in with_ratio}
 
 
 def test_mode_shapes_goes_where_the_grid_does_not(attention):

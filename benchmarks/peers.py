@@ -1,0 +1,143 @@
+"""The implementations that are timed side by side, and where FlashAttention-3 itself stands."""
+
+import functools
+import importlib
+import importlib.util
+import sys
+import unittest.mock
+
+import harness
+import jax
+from absl import flags
+from harness import Unavailable
+
+import jax_fa3
+from jax_fa3 import _native
+
+# FlashAttention-3's forward speed over cuDNN's, for sequences of 512, 1024, ... 16384. Measured
+# once on one H200 in August 2026: the original FlashAttention-3 kernels (nvcc 13.0), called from
+# JAX 0.11.2 through an FFI binding, beside cuDNN 9.19 through jax.nn.dot_product_attention; bf16,
+# this grid, median of 3 interleaved rounds, 8192^3 bf16 GEMM 739 TFLOP/s in the same run.
+# Absolute figures move with a machine's clock, ratios hardly: the original's place in another run
+# is that run's cuDNN figure times this.
+FLASH_ATTENTION_3_OVER_CUDNN = {
+    (64, "full"): (0.93, 0.92, 1.06, 1.07, 1.16, 1.13),
+    (64, "causal"): (0.99, 0.97, 1.12, 1.10, 1.19, 1.18),
+    (128, "full"): (1.15, 1.15, 1.09, 1.07, 1.11, 1.11),
+    (128, "causal"): (1.37, 1.30, 1.28, 1.23, 1.22, 1.19),
+    (256, "full"): (1.18, 1.14, 1.10, 1.06, 1.06, 1.10),
+    (256, "causal"): (1.19, 1.23, 1.18, 1.24, 1.25, 1.18),
+}
+# The paper's grid.
+GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+GRID_TOKENS = 16384
+GRID_HIDDEN = 2048
+
+_JNP_MAX_GIB = flags.DEFINE_float(
+    "jnp_max_gib", 20, "Leave plain jnp out where its float32 scores alone are larger."
+)
+
+
+def flash_attention_3_over_cudnn(row):
+    """The measured ratio for a row of the paper's grid, None for others."""
+    of_the_grid = (
+        row.seqlen in GRID_SEQLENS
+        and row.batch * row.seqlen == GRID_TOKENS
+        and row.query_shape == row.key_shape
+        and row.heads * row.head_dim == GRID_HIDDEN
+    )
+    if not of_the_grid:
+        return None
+    return FLASH_ATTENTION_3_OVER_CUDNN[row.head_dim, row.mask][GRID_SEQLENS.index(row.seqlen)]
+
+
+def extension():
+    """The compiled extension. Raises: Unavailable, with the reason, where there is none."""
+    module = _native.extension()
+    if module is None:
+        raise Unavailable("; ".join(_native.why_not()))
+    return module
+
+
+def _fa3(row, config):
+    if not config:
+        return _ours("fa3", row)
+    call = harness.kernel_call(extension(), _native.FWD_TARGET, row, config)
+    return lambda query, key, value: call(query, key, value)[0]
+
+
+# A fixed implementation: a silent fallback would be timed as the kernel.
+def _ours(implementation, row):
+    return functools.partial(
+        jax_fa3.dot_product_attention, is_causal=row.causal, implementation=implementation
+    )
+
+
+def _cudnn(row):
+    if jax.default_backend() != "gpu":
+        raise Unavailable("cuDNN needs a GPU")
+    return functools.partial(
+        jax.nn.dot_product_attention, is_causal=row.causal, implementation="cudnn"
+    )
+
+
+def _jnp(row):
+    """jnp.einsum and softmax, as jax.nn writes them."""
+    gib = row.scores_bytes / 2**30
+    if gib > _JNP_MAX_GIB.value:
+        raise Unavailable(f"its scores alone are {gib:.0f} GiB")
+    return functools.partial(
+        jax.nn.dot_product_attention, is_causal=row.causal, implementation="xla"
+    )
+
+
+@functools.cache
+def _import_tokamax():
+    if importlib.util.find_spec("tokamax") is None:
+        raise Unavailable("not installed")
+    # tokamax's benchmark helper imports xprof, a large package that attention does not need.
+    for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
+        sys.modules.setdefault(name, unittest.mock.MagicMock())
+    sys.modules.setdefault("xprof.cli.tools.get_kernel_stats_tool", unittest.mock.MagicMock())
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    return tokamax
+
+
+def _tokamax(row):
+    if jax.default_backend() != "gpu":
+        raise Unavailable("its mosaic kernels need a GPU")
+    return functools.partial(
+        _import_tokamax().dot_product_attention, is_causal=row.causal, implementation="mosaic"
+    )
+
+
+def _flash_mha(module, row):
+    """A wheel of the original FlashAttention-3 kernels for JAX."""
+    if jax.default_backend() != "gpu":
+        raise Unavailable("needs a GPU")
+    if importlib.util.find_spec(module) is None:
+        raise Unavailable("not installed")
+    return functools.partial(importlib.import_module(module).flash_mha, is_causal=row.causal)
+
+
+_OTHERS = {
+    "xla": functools.partial(_ours, "xla"),
+    "cudnn": _cudnn,
+    "jnp": _jnp,
+    "tokamax": _tokamax,
+    "flash_attn3_jax": functools.partial(_flash_mha, "flash_attn3_jax"),
+    "dew_flash_attn": functools.partial(_flash_mha, "dew_flash_attn"),
+}
+PEERS = ("fa3", *_OTHERS)
+
+
+def attention(peer, row, config=None):
+    """A peer's attention function (query, key, value) -> out for a row.
+
+    `config` names the configuration that the kernels of peer fa3 take in place of the plan's.
+
+    Raises:
+      Unavailable: it cannot run here, or not this row.
+    """
+    return _fa3(row, config) if peer == "fa3" else _OTHERS[peer](row)
