@@ -6,6 +6,7 @@
 //   3w80s4        3 consumer warpgroups, 80 keys a stage, 4 stages
 //   Classical, Conditional   the softmax's reference      InOrder    no overlap
 //   Pingpong      warpgroups take turns                   Static     no tile counter
+//   NoSplit       the last wave of tiles is not cut along the keys
 #pragma once
 
 namespace jax_fa3 {
@@ -23,6 +24,7 @@ constexpr void set_flash_attention_3(FwdConfig& c, bool overlap, bool pingpong) 
   c.overlap = overlap;
   c.pingpong = pingpong;
   c.softmax = Softmax::kClassical;
+  c.split_tail = false;
 }
 
 // A lazy reference needs the overlapped loop, so the loop without it is compared at kConditional.
@@ -75,6 +77,7 @@ JAX_FA3_VARIANT(Hdim128FullPingpong, FwdBf16Hdim128Full, c.pingpong = true)
 JAX_FA3_VARIANT(Hdim128FullConditional, FwdBf16Hdim128Full, c.softmax = Softmax::kConditional)
 JAX_FA3_VARIANT(Hdim128FullClassical, FwdBf16Hdim128Full, c.softmax = Softmax::kClassical)
 JAX_FA3_VARIANT(Hdim128FullInOrder, FwdBf16Hdim128Full, set_in_order(c))
+JAX_FA3_VARIANT(Hdim128FullNoSplit, FwdBf16Hdim128Full, c.split_tail = false)
 JAX_FA3_VARIANT(Hdim128Causal2w128s3, FwdBf16Hdim128Causal, set_tile(c, 2, 128, 3))
 JAX_FA3_VARIANT(Hdim128Causal2w64s6, FwdBf16Hdim128Causal, set_tile(c, 2, 64, 6))
 JAX_FA3_VARIANT(Hdim128Causal3w80s4, FwdBf16Hdim128Causal, set_tile(c, 3, 80, 4))
@@ -91,7 +94,8 @@ JAX_FA3_VARIANT(Hdim128CausalStatic, FwdBf16Hdim128Causal, c.schedule = Schedule
   X(Hdim128FullPingpong)                     \
   X(Hdim128FullConditional)                  \
   X(Hdim128FullClassical)                    \
-  X(Hdim128FullInOrder)
+  X(Hdim128FullInOrder)                      \
+  X(Hdim128FullNoSplit)
 #define JAX_FA3_FWD_VARIANTS_HDIM128_CAUSAL(X) \
   X(Hdim128Causal2w128s3)                      \
   X(Hdim128Causal2w64s6)                       \
@@ -109,6 +113,7 @@ JAX_FA3_VARIANT(Hdim64FullPingpong, FwdBf16Hdim64Full, c.pingpong = true)
 JAX_FA3_VARIANT(Hdim64FullConditional, FwdBf16Hdim64Full, c.softmax = Softmax::kConditional)
 JAX_FA3_VARIANT(Hdim64FullClassical, FwdBf16Hdim64Full, c.softmax = Softmax::kClassical)
 JAX_FA3_VARIANT(Hdim64FullInOrder, FwdBf16Hdim64Full, set_in_order(c))
+JAX_FA3_VARIANT(Hdim64FullNoSplit, FwdBf16Hdim64Full, c.split_tail = false)
 JAX_FA3_VARIANT(Hdim64Causal2w128s6, FwdBf16Hdim64Causal, set_tile(c, 2, 128, 6))
 JAX_FA3_VARIANT(Hdim64Causal3w64s6, FwdBf16Hdim64Causal, set_tile(c, 3, 64, 6))
 JAX_FA3_VARIANT(Hdim64CausalConditional, FwdBf16Hdim64Causal, c.softmax = Softmax::kConditional)
@@ -122,6 +127,7 @@ JAX_FA3_VARIANT(Hdim64CausalStatic, FwdBf16Hdim64Causal, c.schedule = Schedule::
   X(Hdim64FullConditional)             \
   X(Hdim64FullClassical)               \
   X(Hdim64FullInOrder)                 \
+  X(Hdim64FullNoSplit)                 \
   X(Hdim64Causal2w128s6)               \
   X(Hdim64Causal3w64s6)                \
   X(Hdim64CausalConditional)           \
@@ -134,6 +140,7 @@ JAX_FA3_VARIANT(Hdim256FullPingpong, FwdBf16Hdim256Full, c.pingpong = true)
 JAX_FA3_VARIANT(Hdim256FullConditional, FwdBf16Hdim256Full, c.softmax = Softmax::kConditional)
 JAX_FA3_VARIANT(Hdim256FullClassical, FwdBf16Hdim256Full, c.softmax = Softmax::kClassical)
 JAX_FA3_VARIANT(Hdim256FullInOrder, FwdBf16Hdim256Full, set_in_order(c))
+JAX_FA3_VARIANT(Hdim256FullNoSplit, FwdBf16Hdim256Full, c.split_tail = false)
 JAX_FA3_VARIANT(Hdim256Causal2w64s2, FwdBf16Hdim256Causal, set_tile(c, 2, 64, 2))
 JAX_FA3_VARIANT(Hdim256CausalConditional, FwdBf16Hdim256Causal, c.softmax = Softmax::kConditional)
 JAX_FA3_VARIANT(Hdim256CausalClassical, FwdBf16Hdim256Causal, c.softmax = Softmax::kClassical)
@@ -145,6 +152,7 @@ JAX_FA3_VARIANT(Hdim256CausalStatic, FwdBf16Hdim256Causal, c.schedule = Schedule
   X(Hdim256FullConditional)             \
   X(Hdim256FullClassical)               \
   X(Hdim256FullInOrder)                 \
+  X(Hdim256FullNoSplit)                 \
   X(Hdim256Causal2w64s2)                \
   X(Hdim256CausalConditional)           \
   X(Hdim256CausalClassical)             \
