@@ -56,9 +56,6 @@ _CONFIG = flags.DEFINE_string(
 )
 _MAX_SEQLEN = flags.DEFINE_integer("max_seqlen", 32768, "Longest sequence of mode length.")
 _LAUNCH_CALLS = flags.DEFINE_integer("launch_calls", 200, "Calls of mode launch's loop.")
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Results file, JSON; default: build/bench/attention_MODE.json."
-)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -494,9 +491,8 @@ def main(argv):
             why = [str(reason)]
         if why:
             raise app.UsageError(f"--config={_CONFIG.value}: " + "\n".join(why))
-    output = _OUTPUT.value or f"build/bench/attention_{mode}.json"
     settings = {"peers": peers} | ({"config": _CONFIG.value} if _CONFIG.value else {})
-    results = harness.Results(output, f"attention_{mode}", [row.name for row in rows], settings)
+    results = harness.Results(f"attention_{mode}", [row.name for row in rows], settings)
     yardstick = harness.Yardstick(256 if harness.SMOKE.value else 8192)
     yardstick.measure()
     results.save(gemm=yardstick.summary(), host_dispatch_s=harness.host_dispatch_seconds())
@@ -508,7 +504,7 @@ def main(argv):
     results.save(gemm=yardstick.summary(), failed_checks=failed)
     gemm = yardstick.summary()
     print(f"GEMM {gemm['size']}^3: {gemm['tflops']:.3g} TFLOP/s; {results.elapsed:.0f} s in all")
-    print(f"Written: {output}")
+    print(f"Written: {results.path}")
     if failed:
         print(f"FAILED their check, so were not timed: {', '.join(failed)}", file=sys.stderr)
         return 1

@@ -55,6 +55,7 @@ TREE_HASHES = flags.DEFINE_string(
     "What benchmarks/tree_hashes.py printed for the commit, or a file that holds it; for a machine "
     "without .git. Default: asks git.",
 )
+OUTPUT = flags.DEFINE_string("output", None, "Results file, JSON; default: build/bench/KIND.json.")
 COMMIT = flags.DEFINE_string("commit", None, "Commit, where git cannot tell. Only recorded.")
 
 # Relative errors allowed against the float32 reference. Rounding the probabilities and the output
@@ -525,6 +526,7 @@ def describe_environment():
             "driver": _nvidia_smi("driver_version"),
             "max_sm_clock_mhz": _nvidia_smi("clocks.max.sm"),
             "compute_capability": getattr(device, "compute_capability", None),
+            "multiprocessors": getattr(device, "core_count", None),
         },
         "versions": {
             "python": platform.python_version(),
@@ -605,8 +607,8 @@ def _rounded(value):
 class Results:
     """The results file; every `save` leaves a complete and readable one."""
 
-    def __init__(self, path, kind, names, settings, extension=None):
-        self._path = pathlib.Path(path)
+    def __init__(self, kind, names, settings, extension=None):
+        self._path = pathlib.Path(OUTPUT.value or f"build/bench/{kind}.json")
         self._begin = time.monotonic()
         self._names = names
         self._content = {
@@ -626,6 +628,10 @@ class Results:
             "rows": [],
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def path(self):
+        return self._path
 
     @property
     def elapsed(self):

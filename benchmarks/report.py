@@ -1,18 +1,21 @@
-"""Writes the README's measured tables and the figures from benchmarks/results/*.json.
+"""Writes the documents' measured tables and the figures from benchmarks/results/*.json.
 
-    python benchmarks/report.py           # rewrites the blocks of README.md and docs/figures/*.svg
+    python benchmarks/report.py           # rewrites the documents' blocks and docs/figures/*.svg
     python benchmarks/report.py --check   # writes nothing; exit 1 where they are out of date
 
-A block of the README lies between `<!-- generated: NAME -->` and `<!-- /generated -->`. Nothing
-but the standard library is used, and no figure is typed by hand: the same results always give the
-same bytes.
+A block lies between `<!-- generated: NAME -->` and `<!-- /generated -->`. Nothing but the standard
+library is used, and no figure is typed by hand: the same results always give the same bytes.
 
-    block          from                                written by
-    forward        forward.json                        attention.py
-    forward_plot   forward.json                        attention.py
-    memory         memory.json                         attention.py --mode=length
-    cpu            cpu_xla.json                        cpu_xla.py
-    demo_h200      demo_h200*.json                     examples/train_lm.py --preset=h200
+    document              block               from             written by
+    README.md             forward             forward.json     attention.py
+                          demo_h200           demo_h200*.json  examples/train_lm.py --preset=h200
+    docs/performance.md   forward_plot        forward.json     attention.py
+                          shapes              shapes.json      attention.py --mode=shapes
+                          launch              launch.json      attention.py --mode=launch
+                          memory              memory.json      attention.py --mode=length
+                          cpu                 cpu_xla.json     cpu_xla.py
+    docs/ablation.md      ablation_paper,     ablation.json    ablation.py
+                          ablation_hdim64, _hdim128, _hdim256, ablation_peaked, ablation_run
 """
 
 import argparse
@@ -53,8 +56,22 @@ PEER_COLOURS = {
 }
 
 
+DOCUMENTS = {
+    "README.md": ("forward", "demo_h200"),
+    "docs/performance.md": ("forward_plot", "shapes", "launch", "memory", "cpu"),
+    "docs/ablation.md": (
+        "ablation_paper",
+        "ablation_hdim64",
+        "ablation_hdim128",
+        "ablation_hdim256",
+        "ablation_peaked",
+        "ablation_run",
+    ),
+}
+
+
 class ReportError(Exception):
-    """The results or the README are not in the form that this script reads."""
+    """The results or the documents are not in the form that this script reads."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,8 +187,250 @@ def forward_block(results):
         text += (
             "\n\n\\* The original FlashAttention-3 did not run beside the others: it is this run's "
             "cuDNN figure times the ratio of the two, measured once on an H200 "
-            "(`benchmarks/attention.py` has the ratios and how they were measured)."
+            "(`benchmarks/peers.py` has the ratios and how they were measured)."
         )
+    return text
+
+
+def _nearest_of_the_grid(row, grid):
+    """The grid's row of the same head dim and mask whose length is nearest, as a ratio; or None."""
+    seqlen = math.sqrt(row["seqlen"] * row.get("seqlen_k", row["seqlen"]))
+    alike = [
+        other
+        for other in (grid or {"rows": []})["rows"]
+        if (other["head_dim"], other["mask"]) == (row["head_dim"], row["mask"])
+        and "cudnn" in other.get("fa3_over", {})
+    ]
+    return min(alike, key=lambda other: abs(math.log(other["seqlen"] / seqlen)), default=None)
+
+
+def _problem_text(row):
+    """Such as `4 x 4096, 16 heads over 2` or `4 x 512 on 8192, 16 heads`."""
+    lengths = f"{row['seqlen']}" + (f" on {row['seqlen_k']}" if "seqlen_k" in row else "")
+    heads = f"{row['heads']} heads" + (f" over {row['heads_k']}" if "heads_k" in row else "")
+    return f"{row['batch']} × {lengths}, {heads}"
+
+
+def shapes_block(results, grid):
+    """Problems beyond the grid, beside the ratio to cuDNN that the grid's nearest row has."""
+    peers = _peers_of(results)
+    peers = [peer for peer in peers if peer != "flash_attention_3"]
+    ours = [row for row in results["rows"] if "cudnn" in row.get("fa3_over", {})]
+    expected = {row["name"]: _nearest_of_the_grid(row, grid) for row in ours}
+    table = []
+    for row in sorted(results["rows"], key=lambda row: (row["head_dim"], row["mask"] != "full")):
+        cells = [_problem_text(row), f"{row['head_dim']} {row['mask']}"]
+        cells += [three_digits(_tflops(row, peer)) for peer in peers]
+        ratio = row.get("fa3_over", {}).get("cudnn")
+        near = expected.get(row["name"])
+        cells.append(f"{ratio:.2f}" if ratio else "–")
+        cells.append(f"{near['fa3_over']['cudnn']:.2f}" if near else "–")
+        table.append(cells)
+    header = ["batch × queries (on keys), heads", "head dim, mask"]
+    header += [*(PEER_NAMES[peer] for peer in peers), "jax_fa3 / cuDNN", "the grid's"]
+
+    def listed(chosen):
+        return ", ".join(f"`{row['name']}`" for row in chosen) or "none"
+
+    behind = [row for row in ours if row["fa3_over"]["cudnn"] < 1]
+    below = [
+        row
+        for row in ours
+        if (near := expected[row["name"]])
+        and row["fa3_over"]["cudnn"] < 0.95 * near["fa3_over"]["cudnn"]
+    ]
+    return (
+        "TFLOP/s, forward, bfloat16; higher is better. The last column is jax_fa3 / cuDNN in the "
+        "grid's row of that head dim and mask whose length is nearest.\n\n"
+        f"{markdown_table(header, table)}\n\n"
+        f"Behind cuDNN: {listed(behind)}. More than 5 % below the grid's ratio: {listed(below)}."
+        f"\n\n{provenance(results)}"
+    )
+
+
+def launch_block(results):
+    """What one call takes inside a jitted loop."""
+    peers = [
+        peer
+        for peer in PEER_NAMES
+        if any("seconds" in row["peers"].get(peer, {}) for row in results["rows"])
+    ]
+    table = []
+    for row in sorted(results["rows"], key=_grid_order):
+        seconds = {peer: row["peers"].get(peer, {}).get("seconds") for peer in peers}
+        cells = [f"{row['head_dim']} {row['mask']}", row["seqlen"]]
+        cells += [f"{three_digits(1e6 * s)} µs" if s else "–" for s in seconds.values()]
+        both = seconds.get("fa3") and seconds.get("cudnn")
+        cells.append(f"{seconds['fa3'] / seconds['cudnn']:.2f}" if both else "–")
+        table.append(cells)
+    first = results["rows"][0]
+    header = ["head dim, mask", "seq", *(PEER_NAMES[peer] for peer in peers), "jax_fa3 / cuDNN"]
+    return (
+        f"Time of one call inside a jitted loop of {first['calls']}, batch {first['batch']}, "
+        f"{first['heads']} heads, bfloat16; lower is better.\n\n"
+        f"{markdown_table(header, table)}\n\n{provenance(results)}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The ablation
+# --------------------------------------------------------------------------------------------------
+
+TENSOR_FLOPS_PER_CYCLE = 4096  # 16-bit, dense, of a Hopper multiprocessor
+PLAN = "plan"  # ablation.py's name for what the plan chooses
+
+
+def _ablation_rows(results, study):
+    """The study's rows, the long one first."""
+    rows = [
+        row
+        for row in results["rows"]
+        if (row["head_dim"], row["mask"]) == (study["head_dim"], study["mask"])
+    ]
+    return sorted(rows, key=lambda row: -row["seqlen"])
+
+
+def _variant_text(config, study, row):
+    """The study's words, for the plan's choice with its tile."""
+    text = study["variants"].get(config) or f"shipped for other problems (`{config}`)"
+    if config != PLAN:
+        return text
+    tile = re.search(r"(\d+) queries x (\d+) keys", row["variants"][PLAN]["plan"])
+    return text + (f": {tile[1]} queries × {tile[2]} keys" if tile else "")
+
+
+def _counts(results, row, config):
+    """(instructions a score, cycles over the tensor cores' least, tensor pipe active) as cells."""
+    named = row["planned"] if config == PLAN else config
+    counts = results["profile"].get("metrics", {}).get(named, {})
+    scores = row["flops"] / 4 / row["head_dim"]
+    sms = results["device"].get("multiprocessors")
+    cells = []
+    if "instructions" in counts:
+        cells.append(f"{32 * counts['instructions'] / scores:.2f}")
+    else:
+        cells.append("–")
+    if "cycles" in counts and sms:
+        cells.append(f"{counts['cycles'] * TENSOR_FLOPS_PER_CYCLE * sms / row['flops']:.3f}")
+    else:
+        cells.append("–")
+    tensor = counts.get("tensor_active_percent")
+    cells.append(f"{tensor:.0f} %" if tensor is not None else "–")
+    stack = results["build"].get(named, {}).get("stack")
+    return [*cells, "–" if stack is None else stack]
+
+
+def study_table(results, study):
+    """One line a configuration: speed at both lengths, over the study's first; counts; error."""
+    rows = _ablation_rows(results, study)
+    if not rows:
+        return f"{study['title']}: the run ended before it."
+    long = rows[0]
+    first = next(iter(study["variants"]))
+    configs = list(study["variants"])
+    if first == PLAN:  # other configurations that are shipped for such rows
+        configs += [c for c in long["variants"] if c.startswith("Fwd")]
+    header = ["configuration"]
+    for row in rows:
+        header += [f"{row['batch']} × {row['seqlen']}", "ratio"]
+    header += ["instructions", "cycles", "tensor", "stack", "error"]
+    table = []
+    for config in configs:
+        cells = [_variant_text(config, study, long)]
+        for row in rows:
+            entry = row["variants"].get(config, {})
+            base = row["variants"].get(first, {}).get("tflops")
+            tflops = entry.get("tflops")
+            cells.append(three_digits(tflops))
+            cells.append(f"{tflops / base:.3f}" if tflops and base else "–")
+        cells += _counts(results, long, config)
+        error = long["variants"].get(config, {}).get("relative_error")
+        cells.append("–" if error is None else f"{1e3 * error:.2f}")
+        table.append(cells)
+    for name, speed in (
+        ("cuDNN", lambda row: row["peers"]["cudnn"].get("tflops")),
+        ("FA3*", _flash_attention_3_there),
+    ):
+        cells = [name]
+        for row in rows:
+            tflops, base = speed(row), row["variants"].get(first, {}).get("tflops")
+            cells.append(three_digits(tflops))
+            cells.append(f"{tflops / base:.3f}" if tflops and base else "–")
+        table.append([*cells, *["–"] * 5])
+    text = f"**{study['title']}.**\n\n{markdown_table(header, table)}"
+    missing = [
+        lack["text"]
+        for lack in results.get("missing_variants", [])
+        if lack["study"] == study["name"]
+    ]
+    return text + (f"\n\nNot in this build: {'; '.join(missing)}." if missing else "")
+
+
+def _flash_attention_3_there(row):
+    cudnn = row["peers"]["cudnn"].get("tflops")
+    ratio = row.get("flash_attention_3_over_cudnn")
+    return cudnn * ratio if cudnn and ratio else None
+
+
+def studies_block(results, names):
+    """The tables of the studies whose name begins with one of `names`."""
+    chosen = [study for study in results["studies"] if study["name"].startswith(names)]
+    tables = [study_table(results, study) for study in chosen]
+    return "\n\n".join(tables) or "The run did not measure it."
+
+
+def peaked_block(results):
+    """The softmax rules on inputs that peak: errors, speed, what a redo costs."""
+    rules = ("lazy", "conditional", "classical")
+    rows = sorted((row for row in results["rows"] if "peaked" in row), key=_grid_order)
+    if not rows:
+        return "The run did not measure it."
+    factors = [key for key in rows[0]["peaked"] if key != "groups"]
+    header = ["head dim, mask", "rule"]
+    header += [f"error, q × {factor}" for factor in factors]
+    header += ["of classical, q × 8"]
+    header += [f"TFLOP/s, q × {factor}" for factor in factors]
+    header += [f"done again, q × {factor}" for factor in factors]
+    table, worst = [], 0.0
+    for row in rows:
+        peaked = row["peaked"]
+        for rule in rules:
+            entries = [peaked[factor].get(rule, {}) for factor in factors]
+            errors = [entry.get("relative_error") for entry in entries]
+            cells = [f"{row['head_dim']} {row['mask']}", rule]
+            cells += ["–" if error is None else f"{1e3 * error:.2f}" for error in errors]
+            mine, classical = (
+                peaked.get("8", {}).get(name, {}).get("relative_error")
+                for name in (rule, "classical")
+            )
+            cells.append(f"{mine / classical:.2f}" if mine and classical else "–")
+            if mine and classical and rule == "lazy":
+                worst = max(worst, mine / classical)
+            cells += [three_digits(entry.get("tflops")) for entry in entries]
+            cells += [
+                f"{100 * entry['redone'] / peaked['groups']:.0f} %" if "redone" in entry else "–"
+                for entry in entries
+            ]
+            table.append(cells)
+    text = (
+        "Errors are relative, root mean square, against float32, in thousandths; a redo is "
+        "counted in groups of 64 query rows."
+    )
+    if worst:
+        text += f" With the query times 8, lazy has at most {worst:.2f} times classical's error."
+    return f"{text}\n\n{markdown_table(header, table)}"
+
+
+def run_block(results):
+    """What the tables of the ablation were measured with."""
+    text = provenance(results)
+    profile, build = results["profile"], results["build"]
+    if "skipped" in profile:
+        text += f" No instructions and cycles: {profile['skipped']}."
+    else:
+        text += f" Counted by Nsight Compute, {profile['ncu']}."
+    if isinstance(build.get("skipped"), str):
+        text += f" No figures of the build: {build['skipped']}."
     return text
 
 
@@ -182,7 +441,7 @@ def memory_block(results):
         f"Causal self-attention, batch 1, {rows[0]['heads']} heads of {rows[0]['head_dim']}, "
         "bfloat16: time of a call, and its scratch memory (beyond inputs and outputs) as the "
         "compiler plans it.",
-        "![Time and memory against sequence length](docs/figures/memory.svg)",
+        "![Time and memory against sequence length](figures/memory.svg)",
     ]
     for which, title in (("forward", "Forward"), ("gradient", "Forward and gradient")):
         peers = _length_peers(rows, which)
@@ -471,7 +730,7 @@ def _power_of_two_bytes(count):
 
 
 # --------------------------------------------------------------------------------------------------
-# The README
+# The documents
 # --------------------------------------------------------------------------------------------------
 
 
@@ -497,13 +756,33 @@ def generate(repository):
     if grid and grid["rows"]:
         blocks["forward"] = forward_block(grid)
         blocks["forward_plot"] = (
-            "![TFLOP/s against sequence length, for each head dim and mask]"
-            "(docs/figures/forward.svg)"
+            "![TFLOP/s against sequence length, for each head dim and mask](figures/forward.svg)"
         )
         figures[FIGURES / "forward.svg"] = forward_figure(grid)
     else:
         blocks["forward"] = _not_measured("forward.json", "benchmarks/attention.py")
         blocks["forward_plot"] = "There is no plot yet: it is drawn from the same results."
+    shapes = load(repository, "shapes.json", "attention_shapes")
+    blocks["shapes"] = (
+        shapes_block(shapes, grid)
+        if shapes and shapes["rows"]
+        else _not_measured("shapes.json", "benchmarks/attention.py --mode=shapes")
+    )
+    launch = load(repository, "launch.json", "attention_launch")
+    blocks["launch"] = (
+        launch_block(launch)
+        if launch and launch["rows"]
+        else _not_measured("launch.json", "benchmarks/attention.py --mode=launch")
+    )
+    ablation = load(repository, "ablation.json", "ablation")
+    if ablation and ablation["rows"]:
+        for name in ("paper", "hdim64", "hdim128", "hdim256"):
+            blocks[f"ablation_{name}"] = studies_block(ablation, name)
+        blocks["ablation_peaked"] = peaked_block(ablation)
+        blocks["ablation_run"] = run_block(ablation)
+    else:
+        for name in DOCUMENTS["docs/ablation.md"]:
+            blocks[name] = _not_measured("ablation.json", "benchmarks/ablation.py")
     length = load(repository, "memory.json", "attention_length")
     if length and length["rows"]:
         blocks["memory"] = memory_block(length)
@@ -536,36 +815,40 @@ _BLOCK = re.compile(
 )
 
 
-def fill(readme, blocks):
-    """The README's text with every block's content replaced.
+def fill(document, text, blocks):
+    """The document's text with the content of each of `blocks` replaced.
 
     Raises:
       ReportError: a marker names no block, a block has no marker, or markers do not pair.
     """
-    found = [match["name"] for match in _BLOCK.finditer(readme)]
-    problems = [f"README.md: no such block: {name}" for name in found if name not in blocks]
+    found = [match["name"] for match in _BLOCK.finditer(text)]
+    problems = [f"{document}: no such block: {name}" for name in found if name not in blocks]
     problems += [
-        f"README.md: no marker <!-- generated: {name} -->" for name in blocks if name not in found
+        f"{document}: no marker <!-- generated: {name} -->" for name in blocks if name not in found
     ]
-    problems += [f"README.md: {name} twice" for name in set(found) if found.count(name) > 1]
-    if readme.count("<!-- generated: ") != len(found):
-        problems.append("README.md: a marker is not closed by <!-- /generated -->")
+    problems += [f"{document}: {name} twice" for name in set(found) if found.count(name) > 1]
+    if text.count("<!-- generated: ") != len(found):
+        problems.append(f"{document}: a marker is not closed by <!-- /generated -->")
     if problems:
         raise ReportError("\n".join(problems))
     return _BLOCK.sub(
-        lambda match: f"{match['open']}\n{blocks[match['name']]}\n\n{match['close']}", readme
+        lambda match: f"{match['open']}\n{blocks[match['name']]}\n\n{match['close']}", text
     )
 
 
 def out_of_date(repository):
     """{path: new text} of every file that differs from what the results give; None: to delete."""
     blocks, figures = generate(repository)
-    readme = repository / "README.md"
     wanted: dict[pathlib.Path, str | None] = {
-        pathlib.Path("README.md"): fill(readme.read_text(encoding="utf-8"), blocks),
         FIGURES / "forward.svg": None,
         FIGURES / "memory.svg": None,
     }
+    for document, names in DOCUMENTS.items():
+        path = repository / document
+        if not path.exists():
+            raise ReportError(f"{document}: missing; it is to hold the blocks {', '.join(names)}")
+        mine = {name: blocks[name] for name in names}
+        wanted[pathlib.Path(document)] = fill(document, path.read_text(encoding="utf-8"), mine)
     wanted |= figures
     changes = {}
     for path, text in wanted.items():

@@ -1,11 +1,13 @@
 """The benchmark, the report and the tree hashes: tiny sizes, and that their checks can fail."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,7 +18,6 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
-BLOCKS = ("forward", "forward_plot", "memory", "cpu", "demo_h200")
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +54,10 @@ def report(tree_hashes):
     return importlib.import_module("report")
 
 
-def run_benchmark(tmp_path, *flags):
+def run_benchmark(tmp_path, *flags, script="attention.py"):
     """Runs the script as a user would, on the CPU; returns (process, results)."""
     output = tmp_path / "results.json"
-    command = [sys.executable, str(BENCHMARKS / "attention.py"), "--smoke", f"--output={output}"]
+    command = [sys.executable, str(BENCHMARKS / script), "--smoke", f"--output={output}"]
     command += ["--min_seconds=0.001", "--rounds=2", "--compile_threads=2", *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # as _standard_promotion
@@ -321,57 +322,72 @@ def test_tree_hashes_are_gits(tree_hashes, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def made_up_results(attention, kind):
-    """A results file with figures that no device gave, in the form that the benchmark writes."""
+def made_up_results(kind, rows, **more):
+    """A results file with figures that no device gave, in the form that the benchmarks write."""
     return {
         "kind": kind,
         "date": "2000-01-01",
-        "device": {"kind": "a test's device", "driver": None},
+        "device": {"kind": "a test's device", "driver": None, "multiprocessors": 100},
         "versions": {"jax": "0.0", "cudnn": "9.0", "tokamax": None},
         "code": {"tree_hashes": {"cuda": "0" * 40}, "matches_commit": True},
         "gemm": {"size": 8192, "tflops": 700.0},
-        "rows": [
-            (_grid_entry if kind == "attention_grid" else _length_entry)(row)
-            for row in (
-                attention.grid_rows() if kind == "attention_grid" else attention.length_rows()
-            )
-        ],
+        "rows": rows,
         "missing_rows": [],
         "failed_checks": [],
+        **more,
     }
 
 
-def _row_fields(row):
-    return {name: getattr(row, name) for name in ("name", "head_dim", "mask", "seqlen", "heads")}
+def forward_results(rows, kind="attention_grid", cudnn=2.0):
+    """jax_fa3 at 100 + head dim TFLOP/s, cuDNN `cudnn` times slower."""
+
+    def entry(row):
+        speed = 100 + row.head_dim
+        peers = {
+            "fa3": {"tflops": speed},
+            "cudnn": {"tflops": speed / cudnn},
+            "jnp": {"skipped": "no"},
+        }
+        measured = row.fields() | {"peers": peers, "sm_clock_mhz": 1500}
+        measured["fa3_over"] = {"cudnn": cudnn}
+        if kind == "attention_grid":
+            measured["flash_attention_3"] = {"tflops": speed * 0.6}
+            measured["fa3_over"]["flash_attention_3"] = 1 / 0.6
+        return measured
+
+    return made_up_results(kind, [entry(row) for row in rows])
 
 
-def _grid_entry(row):
-    speed = 100 + row.head_dim
-    peers = {"fa3": {"tflops": speed}, "cudnn": {"tflops": speed / 2}, "jnp": {"skipped": "no"}}
-    return _row_fields(row) | {
-        "peers": peers,
-        "sm_clock_mhz": 1500,
-        "flash_attention_3": {"tflops": speed * 0.6},
-        "fa3_over": {"cudnn": 2.0, "flash_attention_3": 1 / 0.6},
-    }
+def length_results(rows):
+    def entry(row):
+        time = {"seconds": row.flops / 1e14, "memory_bytes": {"temporaries": row.seqlen * 100}}
+        return row.fields() | {
+            "forward": {"fa3": time, "jnp": {"skipped": "no"}},
+            "gradient": {"fa3": time, "xla": time},
+            "sm_clock_mhz": None,
+        }
+
+    return made_up_results("attention_length", [entry(row) for row in rows])
 
 
-def _length_entry(row):
-    entry = {"seconds": row.flops / 1e14, "memory_bytes": {"temporaries": row.seqlen * 100}}
-    return _row_fields(row) | {
-        "forward": {"fa3": entry, "jnp": {"skipped": "no"}},
-        "gradient": {"fa3": entry, "xla": entry},
-        "sm_clock_mhz": None,
-    }
+def launch_results(rows):
+    peers = {"fa3": {"seconds": 20e-6}, "cudnn": {"seconds": 25e-6}}
+    entries = [row.fields() | {"calls": 200, "peers": peers, "sm_clock_mhz": None} for row in rows]
+    return made_up_results("attention_launch", entries)
 
 
 @pytest.fixture
-def checkout(attention, tmp_path):
-    """A repository with a README, no results, and a function to add some."""
-    text = "# Title\n" + "".join(
-        f"before\n<!-- generated: {name} -->\n<!-- /generated -->\nafter\n" for name in BLOCKS
-    )
-    (tmp_path / "README.md").write_text(text)
+def checkout(report, tmp_path):
+    """A repository with the documents, no results, and a function to add some."""
+    for document, blocks in report.DOCUMENTS.items():
+        (tmp_path / document).parent.mkdir(exist_ok=True)
+        (tmp_path / document).write_text(
+            "# Title\n"
+            + "".join(
+                f"before\n<!-- generated: {name} -->\n<!-- /generated -->\nafter\n"
+                for name in blocks
+            )
+        )
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
 
     def add(name, content):
@@ -387,14 +403,16 @@ def test_the_report_says_what_is_not_measured(report, checkout):
 
     readme = (repository / "README.md").read_text()
     assert "`benchmarks/attention.py` gives `benchmarks/results/forward.json`" in readme
-    assert readme.count("Not measured yet") == 4
-    assert not (repository / "docs").exists()
+    assert readme.count("Not measured yet") == 2
+    assert (repository / "docs/performance.md").read_text().count("Not measured yet") == 4
+    assert (repository / "docs/ablation.md").read_text().count("Not measured yet") == 6
+    assert not (repository / "docs" / "figures").exists()
 
 
 def test_the_report_writes_tables_and_figures_once(report, attention, checkout, capsys):
     repository, add = checkout
-    add("forward.json", made_up_results(attention, "attention_grid"))
-    add("memory.json", made_up_results(attention, "attention_length"))
+    add("forward.json", forward_results(attention.grid_rows()))
+    add("memory.json", length_results(attention.length_rows()))
 
     assert report.main(["--repository", str(repository), "--check"]) == 1
     assert report.main(["--repository", str(repository)]) == 0
@@ -403,15 +421,37 @@ def test_the_report_writes_tables_and_figures_once(report, attention, checkout, 
     readme = (repository / "README.md").read_text()
     assert "| 64 full | 512 | 164 | 82.0 | 98.4 | 2.00 | 1.67 |" in readme
     assert "jax_fa3 / cuDNN: median 2.00" in readme
-    assert readme.count("before\n") == readme.count("after\n") == len(BLOCKS)
+    assert readme.count("before\n") == readme.count("after\n") == len(report.DOCUMENTS["README.md"])
     figure = (repository / "docs" / "figures" / "forward.svg").read_text()
     assert figure.count("<polyline") == 3 + 6 * 3  # the legend and six panels of three
     assert "nan" not in figure + (repository / "docs" / "figures" / "memory.svg").read_text()
+    assert "(figures/forward.svg)" in (repository / "docs" / "performance.md").read_text()
+
+
+def test_the_report_names_shapes_that_fall_behind(report, attention, checkout):
+    repository, add = checkout
+    add("forward.json", forward_results(attention.grid_rows(), cudnn=1.2))
+    shapes = forward_results(attention.shape_rows((128,)), "attention_shapes", cudnn=1.19)
+    by_name = {row["name"]: row for row in shapes["rows"]}
+    by_name["128-full-odd3001"]["fa3_over"]["cudnn"] = 0.99
+    by_name["128-causal-gqa8"]["fa3_over"]["cudnn"] = 1.1
+    add("shapes.json", shapes)
+    add("launch.json", launch_results(attention.launch_rows()))
+
+    assert report.main(["--repository", str(repository)]) == 0
+
+    text = (repository / "docs" / "performance.md").read_text()
+    assert "| 4 × 3001, 16 heads | 128 full | 228 | 192 | 0.99 | 1.20 |" in text
+    assert "| 4 × 4096, 16 heads over 2 | 128 causal | 228 | 192 | 1.10 | 1.20 |" in text
+    assert "| 4 × 512 on 8192, 16 heads | 128 full |" in text
+    assert "Behind cuDNN: `128-full-odd3001`." in text
+    assert "below the grid's ratio: `128-full-odd3001`, `128-causal-gqa8`." in text
+    assert "| 64 full | 128 | 20.0 µs | 25.0 µs | 0.80 |" in text
 
 
 def test_check_fails_when_readme_figure_or_results_change(report, attention, checkout, capsys):
     repository, add = checkout
-    results = made_up_results(attention, "attention_grid")
+    results = forward_results(attention.grid_rows())
     add("forward.json", results)
     report.main(["--repository", str(repository)])
 
@@ -420,10 +460,11 @@ def test_check_fails_when_readme_figure_or_results_change(report, attention, che
         return status, capsys.readouterr().err
 
     assert check()[0] == 0
-    for path in ("README.md", "docs/figures/forward.svg"):
+    for path in ("README.md", "docs/performance.md", "docs/figures/forward.svg"):
         file = repository / path
         original = file.read_text()
-        file.write_text(original.replace("164", "165") if path == "README.md" else original + "\n")
+        changed = original.replace("<!-- /generated", "166\n<!-- /generated", 1)
+        file.write_text(changed if path.endswith(".md") else original + "\n")
         status, message = check()
         assert status == 1
         assert path in message
@@ -437,10 +478,7 @@ def test_check_fails_when_readme_figure_or_results_change(report, attention, che
 
 def test_the_report_refuses_smoke_results_and_lost_markers(report, attention, checkout, capsys):
     repository, add = checkout
-    add(
-        "forward.json",
-        made_up_results(attention, "attention_grid") | {"kind": "attention_grid_smoke"},
-    )
+    add("forward.json", forward_results(attention.grid_rows()) | {"kind": "attention_grid_smoke"})
     assert report.main(["--repository", str(repository)]) == 1
     assert "expected 'attention_grid'" in capsys.readouterr().err
 
@@ -448,8 +486,154 @@ def test_the_report_refuses_smoke_results_and_lost_markers(report, attention, ch
     (repository / "README.md").write_text("# no markers\n<!-- generated: cpu -->\n")
     assert report.main(["--repository", str(repository)]) == 1
     message = capsys.readouterr().err
-    assert "no marker <!-- generated: forward -->" in message
+    assert "README.md: no marker <!-- generated: forward -->" in message
     assert "not closed" in message
+
+    (repository / "docs" / "ablation.md").unlink()
+    (repository / "README.md").unlink()
+    assert report.main(["--repository", str(repository)]) == 1
+    assert "README.md: missing" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------
+# The ablation
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ablation(tree_hashes):
+    return importlib.import_module("ablation")
+
+
+def test_the_ablation_measures_what_the_build_has_and_names_the_rest(tmp_path):
+    process, results = run_benchmark(tmp_path, "--studies=hdim64-full", script="ablation.py")
+
+    assert process.returncode == 0, process.stderr
+    assert results["kind"] == "ablation_smoke"
+    assert "no Hdim64FullPingpong: hdim64-full goes without" in process.stdout
+    assert [lack["config"] for lack in results["missing_variants"]] == ["Hdim64FullPingpong"]
+    long, short = results["rows"]
+    assert (long["name"], short["name"]) == ("64-full-256", "64-full-64")
+    for row in (long, short):
+        assert row["planned"] == "FwdBf16Hdim64Full"
+        # The study's, and what else is shipped for such a row.
+        assert set(row["variants"]) == {
+            *results["studies"][0]["variants"],
+            "FwdBf16Hdim64FullOther",
+        }
+        assert all(entry["ok"] and entry["tflops"] > 0 for entry in row["variants"].values())
+    assert list(long["peaked"]) == ["groups", "1", "8", "30"]
+    assert long["peaked"]["8"]["lazy"]["redone"] == 0
+    assert set(long["peaked"]["30"]) == {"lazy", "conditional", "classical"}
+    assert results["profile"] == {"skipped": "not asked for"}
+
+
+def test_every_variant_of_the_build_is_in_a_study(ablation):
+    """And under its own head dim and mask, or the extension would refuse it."""
+    header = (REPOSITORY / "cuda/fwd/ablation/variants.h").read_text()
+    built = dict(re.findall(r"JAX_FA3_VARIANT\((\w+), FwdBf16(\w+),", header))
+    listed = set(re.findall(r"^  X\((\w+)\)", header, re.MULTILINE))
+    assert len(built) > 40
+    assert listed == set(built)
+
+    for study in ablation.STUDIES:
+        for config in study.variants:
+            if config in built:
+                assert built[config] == f"Hdim{study.head_dim}{study.mask.capitalize()}"
+    in_a_study = {config for study in ablation.STUDIES for config in study.variants}
+    assert set(built) <= in_a_study
+
+
+NCU = """==PROF== Connected to process 5
+==PROF== Profiling "fwd_kernel": 0%....50%....100% - 2 passes
+"ID","Kernel Name","Block Size","smsp__inst_executed.sum","sm__cycles_elapsed.max","x"
+"","","","inst","cycle","%"
+"0","void x::fwd_kernel<x::Fa3Hdim128Full>(x::FwdParams)","384","468,000,000","2,467,000","87.1"
+"1","void fwd_kernel<FwdBf16Hdim128Full>(FwdParams)","512","430000000","2155000","n/a"
+"2","void fwd_kernel<Broken>(FwdParams)","512","n/a","2155000","1"
+"""
+
+
+def test_ncus_figures_are_found_by_the_kernels_names(ablation):
+    metrics = ablation.REQUIRED_METRICS | {"tensor_active_percent": "x"}
+
+    assert ablation.read_profile(NCU, metrics) == {
+        "Fa3Hdim128Full": {
+            "instructions": 468e6,
+            "cycles": 2467e3,
+            "tensor_active_percent": 87.1,
+        },
+        "FwdBf16Hdim128Full": {"instructions": 430e6, "cycles": 2155e3},
+    }
+    assert ablation.read_profile("==ERROR== ERR_NVGPUCTRPERM", metrics) == {}
+
+
+def test_rows_done_again_are_read_from_the_workspace(tree_hashes):
+    fwd_workspace = importlib.import_module("fwd_workspace")
+    start = fwd_workspace.layout()["kRedoCount"]
+    words = np.full(start // 4 + 300, 0xFFFFFFFF, np.uint32)  # what no kernel has written
+    words[start // 4 : start // 4 + 132] = np.arange(132)
+
+    plan = "FwdBf16Hdim128Full: ...; 1376 tiles on 132 CTAs of 512 threads, 209 KiB shared"
+    assert fwd_workspace.redone(words.view(np.uint8), plan) == 131 * 132 // 2
+    assert fwd_workspace.groups(2, 65, 3) == 12
+
+
+def ablation_results(ablation):
+    """Made up: the plan 500 TFLOP/s, every variant 10 less than the one before."""
+    rows = []
+    for head_dim, mask in ((128, "full"), (128, "causal")):
+        stem = f"Hdim{head_dim}{mask.capitalize()}"
+        studies = [s for s in ablation.STUDIES if (s.head_dim, s.mask) == (head_dim, mask)]
+        configs = list(dict.fromkeys(["plan", *(c for s in studies for c in s.variants)]))
+        for row in (ablation.long_row(head_dim, mask), ablation.short_row(head_dim, mask)):
+            plan = f"FwdBf16{stem}: 192 queries x 64 keys, 5 stages; 1 tiles on 1 CTAs"
+            variants = {
+                config: {"plan": plan, "tflops": 500.0 - 10 * i, "relative_error": 2e-3}
+                for i, config in enumerate(configs)
+            }
+            rows.append(
+                row.fields()
+                | {"planned": f"FwdBf16{stem}", "sm_clock_mhz": 1500, "variants": variants}
+                | {"peers": {"cudnn": {"tflops": 400.0}}, "flash_attention_3_over_cudnn": 1.1}
+            )
+    rule = {"relative_error": 2e-3, "tflops": 450.0}
+    peaked = {"lazy": rule | {"redone": 16}, "conditional": rule, "classical": rule}
+    rows[0]["peaked"] = {"groups": 64, **dict.fromkeys(("1", "8", "30"), peaked)}
+    row = ablation.long_row(128, "full")
+    counts = {
+        "instructions": 6 * row.scores / 32,
+        "cycles": 1.25 * row.flops / 4096 / 100,
+        "tensor_active_percent": 80.4,
+    }
+    return made_up_results(
+        "ablation",
+        rows,
+        studies=[dataclasses.asdict(study) for study in ablation.STUDIES],
+        missing_variants=[{"study": "paper-full", "config": "x", "text": "no warp specialisation"}],
+        profile={"ncu": "Version 2025.3", "metrics": {"FwdBf16Hdim128Full": counts}},
+        build={"FwdBf16Hdim128Full": {"registers": 128, "stack": 0}},
+    )
+
+
+def test_the_report_writes_the_ablations_tables(report, ablation, checkout):
+    repository, add = checkout
+    add("ablation.json", ablation_results(ablation))
+
+    assert report.main(["--repository", str(repository)]) == 0
+
+    text = (repository / "docs" / "ablation.md").read_text()
+    assert (
+        "| as shipped: 192 queries × 64 keys | 500 | 1.000 | 500 | 1.000 | 6.00 | 1.250 | 80 % | 0 "
+        "| 2.00 |" in text
+    )
+    assert "| pingpong between warpgroups only | 470 | 0.959 | 470 | 0.959 |" in text
+    assert "| FA3* | 440 | 0.880 | 440 | 0.880 |" in text
+    assert "Not in this build: no warp specialisation." in text
+    assert "| 128 full | lazy | 2.00 | 2.00 | 2.00 | 1.00 | 450 | 450 | 450 | 25 % |" in text
+    assert "lazy has at most 1.00 times classical's error" in text
+    assert "jax_fa3, head dim 64, full: the run ended before it." in text
+    assert "Counted by Nsight Compute, Version 2025.3." in text
 
 
 def test_three_digits(report):
