@@ -13,17 +13,87 @@ namespace {
 // 32 MB measured best of 16, 32, 50 in the prototypes (batch 2, seq 8192, head dim 128, H200).
 constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
 
-// What a split costs, in keys: the time in which a CTA would have done so many more keys of a tile.
-// Its time a key and the bytes of a partial output both grow with rows and head dim, so the ratio
-// holds for every configuration.
-constexpr int64_t kPieceKeys = 256;  // a piece: its query, its first block alone, its stores
-constexpr int64_t kJoinKeys = 128;   // reading one piece back
+// Times are counted in keys: the time in which a CTA would have done so many more keys of its tile,
+// every multiprocessor busy. A CTA's time a key, the bytes of its rows' results and of a partial
+// output all grow with rows and head dim, so these hold for every configuration (H200, fitted to
+// head dim 128, 1024 to 65536 keys, 1 to 60 tiles cut into 2 to 132 ranges).
+constexpr int64_t kTileKeys = 64;    // a tile: its first and last block alone, its results
+constexpr int64_t kPieceKeys = 384;  // a piece of a tile: that too, and its partial output
+constexpr int64_t kJoinKeys = 64;    // reading one piece back
 
 // The redo list counts warpgroups of tiles, up to four a tile, in 32 bits.
 constexpr int64_t kMaxTiles = (int64_t{1} << 29) - 1;
 
 bool takes(const FwdConfig& config, const Problem& p) {
   return config.dtype == p.dtype && config.head_dim == p.head_dim && config.mask == p.mask;
+}
+
+// Query tiles of all heads; kMaxTiles + 1 for more than that.
+int64_t tile_count(const FwdConfig& config, const Problem& p) {
+  const int64_t m_tiles = ceil_div<int64_t>(p.seqlen_q, config.tile_m());
+  const int64_t pairs = p.batch * p.heads_q;
+  return pairs > 0 && m_tiles > kMaxTiles / pairs ? kMaxTiles + 1 : m_tiles * pairs;
+}
+
+// How a last wave of `left` tiles is done soonest: cut along the keys into `ranges`, or whole.
+struct LastWave {
+  uint32_t ranges = 0;  // 0: whole
+  int64_t keys = 0;     // how long it takes
+};
+LastWave last_wave(const FwdConfig& config, int64_t left, int64_t blocks, int64_t sms) {
+  if (left == 0) return {};
+  LastWave best{0, blocks * config.tile_n};
+  const int64_t units = left * blocks;
+  if (!config.split_tail || units >> 31 != 0) return best;
+  for (int64_t ranges = left + 1; ranges <= std::min(sms, units); ++ranges) {
+    const bool crossing = ranges % left != 0;  // from one tile into the next: two pieces a range
+    const int64_t keys = ceil_div(units, ranges) * config.tile_n + (crossing ? 2 : 1) * kPieceKeys +
+                         (ranges / left + (crossing ? 2 : 0)) * kJoinKeys;
+    if (keys < best.keys) best = {static_cast<uint32_t>(ranges), keys};
+  }
+  return best;
+}
+
+int64_t full_mask_blocks(const FwdConfig& config, const Problem& p) {
+  return ceil_div<int64_t>(p.seqlen_k, config.tile_n);
+}
+
+// (Query, key) pairs of one head that see each other.
+double visible_pairs(const Problem& p) {
+  // Query t sees t + diagonal + 1 keys, clamped to [0, seqlen_k].
+  const auto sum_below = [](double n) { return n > 0 ? n * (n + 1) / 2 : 0.0; };
+  const double first = static_cast<double>(p.diagonal), last = first + p.seqlen_q;
+  const double k = static_cast<double>(p.seqlen_k);
+  const double unclamped = sum_below(last) - sum_below(first);
+  return unclamped - (sum_below(last - k) - sum_below(first - k));
+}
+
+// How long a configuration would take, up to a factor that all those of a head dim and mask share:
+// the busiest multiprocessor's rows x keys. By the problem's sizes alone, on the default device,
+// because the workspace is sized before the device is known.
+double estimated_cost(const FwdConfig& config, const Problem& p) {
+  const int64_t sms = Device{}.sm_count;
+  const int64_t tiles = tile_count(config, p);
+  if (config.mask == MaskKind::kFull) {
+    // Waves of equal tiles, each as long as one: rows beyond the end of a head, and multiprocessors
+    // without a tile in the last wave, cost as much as others.
+    const int64_t blocks = full_mask_blocks(config, p);
+    const int64_t wave = blocks * config.tile_n + kTileKeys;
+    const int64_t left = tiles % sms;
+    const double keys = static_cast<double>(tiles / sms * wave) +
+                        (left > 0 ? last_wave(config, left, blocks, sms).keys + kTileKeys : 0);
+    return keys * config.tile_m() * config.relative_cost;
+  }
+  // Tiles of many lengths, handed out as CTAs become free. A warpgroup stops at its own last block,
+  // half a block beyond the diagonal on average. The end is ragged by about a quarter of the
+  // longest tile; with few tiles that tile is all there is to wait for.
+  const double seeing = std::clamp<int64_t>(p.seqlen_q + p.diagonal, 0, p.seqlen_q);
+  const double total =
+      static_cast<double>(p.batch * p.heads_q) * (visible_pairs(p) + seeing * config.tile_n / 2) +
+      static_cast<double>(tiles) * config.tile_m() * kTileKeys;
+  const double last_sees = std::clamp<int64_t>(p.seqlen_q + p.diagonal, 0, p.seqlen_k);
+  const double longest = (last_sees + kTileKeys) * config.tile_m();
+  return std::max(longest, total / sms + longest / 4) * config.relative_cost;
 }
 
 Status choose(const Problem& problem, const NamedFwdConfig*& found) {
@@ -33,10 +103,16 @@ Status choose(const Problem& problem, const NamedFwdConfig*& found) {
     return Status::invalid_argument(std::string("config ") + found->name + " is not for " +
                                     describe(problem));
   }
-  const NamedFwdConfig* const end = kFwdConfigs + kFwdConfigCount;
-  found = std::find_if(kFwdConfigs, end,
-                       [&](const NamedFwdConfig& named) { return takes(named.config, problem); });
-  if (found != end) return {};
+  found = nullptr;
+  double least = 0;
+  for (size_t i = 0; i < kFwdShippedCount; ++i) {
+    if (!takes(kFwdConfigs[i].config, problem)) continue;
+    const double cost = estimated_cost(kFwdConfigs[i].config, problem);
+    if (found != nullptr && cost >= least) continue;
+    found = &kFwdConfigs[i];
+    least = cost;
+  }
+  if (found != nullptr) return {};
   std::ostringstream why;
   why << "no forward kernel for " << name(problem.dtype) << ", head_dim " << problem.head_dim
       << ", " << name(problem.mask) << "; there are:";
@@ -44,34 +120,14 @@ Status choose(const Problem& problem, const NamedFwdConfig*& found) {
   return Status::unimplemented(why.str());
 }
 
-int32_t full_mask_blocks(const FwdConfig& config, const Problem& p) {
-  return static_cast<int32_t>(ceil_div<int64_t>(p.seqlen_k, config.tile_n));
-}
-
-// How the last wave of tiles runs: cut along the keys into as many ranges as end soonest, or whole
-// where no cut ends sooner.
-TailSplit plan_split(const FwdConfig& config, uint32_t tiles, int32_t blocks, int sm_count) {
-  const uint32_t sms = std::min<uint32_t>(sm_count, FwdWorkspace::kMaxCtas);
-  const TailSplit whole = TailSplit::none(tiles, blocks);
-  const uint32_t left = tiles % sms;
-  const int64_t units = int64_t{left} * blocks;
-  if (!config.split_tail || units == 0 || units >> 31 != 0) return whole;
-
-  uint32_t best = 0;
-  int64_t best_keys = int64_t{blocks} * config.tile_n;
-  for (uint32_t ranges = left + 1; ranges <= std::min<int64_t>(sms, units); ++ranges) {
-    const bool crossing = ranges % left != 0;  // ranges that cross from one tile into the next
-    const int64_t keys = ceil_div<int64_t>(units, ranges) * config.tile_n +
-                         (crossing ? 2 : 1) * kPieceKeys +
-                         (ranges / left + (crossing ? 2 : 0)) * kJoinKeys;
-    if (keys < best_keys) {
-      best = ranges;
-      best_keys = keys;
-    }
-  }
-  if (best == 0) return whole;
-  const uint32_t ctas = left == tiles ? best : sms;
-  return TailSplit::cut(tiles, tiles - left, blocks, ctas, best);
+TailSplit plan_split(const FwdConfig& config, const Problem& p, uint32_t tiles, int sm_count) {
+  const int64_t sms = std::min<int64_t>(sm_count, FwdWorkspace::kMaxCtas);
+  const int32_t blocks = static_cast<int32_t>(full_mask_blocks(config, p));
+  const uint32_t left = static_cast<uint32_t>(tiles % sms);
+  const uint32_t ranges = last_wave(config, left, blocks, sms).ranges;
+  if (ranges == 0) return TailSplit::none(tiles, blocks);
+  const uint32_t ctas = left == tiles ? ranges : static_cast<uint32_t>(sms);
+  return TailSplit::cut(tiles, tiles - left, blocks, ctas, ranges);
 }
 
 }  // namespace
@@ -114,12 +170,12 @@ Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
   plan = FwdPlan{};
   plan.config_index = found - kFwdConfigs;
 
-  const int64_t m_tiles = ceil_div<int64_t>(problem.seqlen_q, found->config.tile_m());
-  const int64_t pairs = problem.batch * problem.heads_q;
-  if (pairs > 0 && m_tiles > kMaxTiles / pairs) {
+  const int64_t tiles = tile_count(found->config, problem);
+  if (tiles > kMaxTiles) {
     return Status::unimplemented("more than 2^29 query tiles: " + describe(problem));
   }
-  const int64_t tiles = m_tiles * pairs;
+  const int64_t m_tiles = ceil_div<int64_t>(problem.seqlen_q, found->config.tile_m());
+  const int64_t pairs = problem.batch * problem.heads_q;
 
   const int64_t group = problem.heads_k > 0 ? problem.heads_q / problem.heads_k : 1;
   const int64_t kv_bytes =
@@ -132,14 +188,11 @@ Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
                static_cast<int32_t>(std::min(heads_in_flight, std::max<int64_t>(1, pairs)))};
   plan.ctas = static_cast<int>(std::min<int64_t>({tiles, device.sm_count, FwdWorkspace::kMaxCtas}));
 
-  const auto split_on = [&](const Device& on) {
-    return plan_split(found->config, plan.grid.tiles, full_mask_blocks(found->config, problem),
-                      on.sm_count);
-  };
-  plan.split = split_on(device);
-  // The workspace is sized before the device is known, for the default one. Another device leaves
-  // its last wave whole where a split would need more.
-  if (plan.split.slot_count(plan.grid.tiles) > split_on(Device{}).slot_count(plan.grid.tiles)) {
+  plan.split = plan_split(found->config, problem, plan.grid.tiles, device.sm_count);
+  // The workspace is sized for the default device. Another one leaves its last wave whole where a
+  // split would need more.
+  const TailSplit sized = plan_split(found->config, problem, plan.grid.tiles, Device{}.sm_count);
+  if (plan.split.slot_count(plan.grid.tiles) > sized.slot_count(plan.grid.tiles)) {
     plan.split = TailSplit::none(plan.grid.tiles, plan.split.tile_blocks);
   }
   if (plan.split.ranges > 0) plan.ctas = static_cast<int>(plan.split.ctas);

@@ -4,6 +4,7 @@
 // sees an access past its end.
 //
 //   fwd_device              every case, compared with the definition
+//   fwd_device --only=TEXT  those whose name contains the text
 //   fwd_device --soak=N     N launches over shapes of every kind, each compared with its first
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,7 +13,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -367,6 +367,8 @@ std::vector<Case> split_cases() {
     add(make("one tile in many pieces" + d, DType::kBF16, 1, 5, 20000, 1, 1, head_dim, full), 1);
     // Whole waves, then a part of one.
     add(make("last wave" + d, DType::kBF16, 5, 250, 2050, 30, 1, head_dim, full), 97);
+    // So many left over that a range covers the end of one tile and the beginning of the next.
+    add(make("two tiles a range" + d, DType::kBF16, 1, 40, 8200, 90, 1, head_dim, full), 39);
     Case infinite = make("an infinite key" + d, DType::kBF16, 1, 200, 4096, 1, 1, head_dim, full);
     infinite.infinite = 2222;
     add(infinite, 7);
@@ -377,7 +379,24 @@ std::vector<Case> split_cases() {
   return all;
 }
 
-int run_all() {
+// Each case on each configuration that takes it, not only on the one that the plan would choose.
+std::vector<Case> on_every_config(const std::vector<Case>& some) {
+  std::vector<Case> all;
+  for (const Case& c : some) {
+    for (size_t i = 0; i < kFwdShippedCount; ++i) {
+      const FwdConfig& config = kFwdConfigs[i].config;
+      const Problem& p = c.problem;
+      if (config.dtype != p.dtype || config.head_dim != p.head_dim || config.mask != p.mask)
+        continue;
+      all.push_back(c);
+      all.back().problem.config = static_cast<int>(i);
+      all.back().name += std::string(" on ") + kFwdConfigs[i].name;
+    }
+  }
+  return all;
+}
+
+int run_all(const std::string& only) {
   int passed = 0, failed = 0, redone_cases = 0;
   const auto report = [&](const std::string& name, const std::string& wrong) {
     if (wrong.empty()) {
@@ -388,7 +407,8 @@ int run_all() {
     }
   };
   uint32_t seed = 0;
-  for (const Case& c : cases()) {
+  for (const Case& c : on_every_config(cases())) {
+    if (c.name.find(only) == std::string::npos) continue;
     Run run(c, ++seed);
     const Status status = run.launch(nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -396,11 +416,14 @@ int run_all() {
     if (c.query_factor > 1) redone_cases += run.redone() > 0;
   }
   // Peaked scores are there to leave the range of a lazy reference: that must have happened.
-  report("rows are redone", redone_cases > 0 ? "" : "no peaked case was done again");
+  if (only.empty()) {
+    report("rows are redone", redone_cases > 0 ? "" : "no peaked case was done again");
+  }
 
   // Cut into pieces, and the same bits whichever piece is done last.
   DeviceArray<uint32_t> differing(1);
-  for (const Case& c : split_cases()) {
+  for (const Case& c : on_every_config(split_cases())) {
+    if (c.name.find(only) == std::string::npos) continue;
     Run run(c, ++seed);
     const Status status = run.launch(nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -440,8 +463,8 @@ int run_all() {
 // Launches of varied shapes in a random order, back to back, static and dynamic schedules, split
 // and whole; the results of each are compared on the device with those of its shape's first.
 int soak(int launches) {
-  std::vector<Case> shapes = cases();
-  for (const Case& c : split_cases()) shapes.push_back(c);
+  std::vector<Case> shapes = on_every_config(cases());
+  for (const Case& c : on_every_config(split_cases())) shapes.push_back(c);
   std::vector<std::unique_ptr<Run>> runs;
   for (const Case& c : shapes) runs.push_back(std::make_unique<Run>(c, 77));
   DeviceArray<uint32_t> differing(shapes.size());
@@ -476,13 +499,14 @@ int main(int argc, char** argv) {
     std::printf("no GPU: nothing was tested\n");
     return 3;
   }
-  constexpr char kSoak[] = "--soak=";
-  if (argc == 2 && std::strncmp(argv[1], kSoak, sizeof(kSoak) - 1) == 0) {
-    return jax_fa3::soak(std::atoi(argv[1] + sizeof(kSoak) - 1));
+  const std::string argument = argc > 1 ? argv[1] : "--only=";
+  const std::string soak = "--soak=", only = "--only=";
+  if (argc <= 2 && argument.rfind(soak, 0) == 0) {
+    return jax_fa3::soak(std::atoi(argument.c_str() + soak.size()));
   }
-  if (argc != 1) {
-    std::fprintf(stderr, "usage: fwd_device [--soak=LAUNCHES]\n");
-    return 2;
+  if (argc <= 2 && argument.rfind(only, 0) == 0) {
+    return jax_fa3::run_all(argument.substr(only.size()));
   }
-  return jax_fa3::run_all();
+  std::fprintf(stderr, "usage: fwd_device [--only=TEXT | --soak=LAUNCHES]\n");
+  return 2;
 }

@@ -76,6 +76,80 @@ TEST(Plan, TilesCoverTheOutput) {
   }
 }
 
+std::string chosen(int64_t batch, int64_t seqlen, int64_t heads, int64_t head_dim, MaskKind mask) {
+  return planned(problem(batch, seqlen, heads, head_dim, mask)).named().name;
+}
+
+// Each line as measured: see the configurations in config.h.
+TEST(Plan, TilesOfFewerRowsWhereLargeOnesAreNotFilled) {
+  const MaskKind full = MaskKind::kFull;
+  // 512 rows fill 2.7 tiles of 192, 1024 fill 5.3, 2048 fill 10.7.
+  EXPECT_EQ(chosen(32, 512, 16, 128, full), "FwdBf16Hdim128Full128Rows");
+  EXPECT_EQ(chosen(16, 1024, 16, 128, full), "FwdBf16Hdim128Full128Rows");
+  EXPECT_EQ(chosen(8, 2048, 16, 128, full), "FwdBf16Hdim128Full");
+  EXPECT_EQ(chosen(4, 3001, 16, 128, full), "FwdBf16Hdim128Full");
+  EXPECT_EQ(chosen(2, 8192, 16, 128, full), "FwdBf16Hdim128Full");
+  EXPECT_EQ(chosen(1, 16384, 16, 128, full), "FwdBf16Hdim128Full");
+  EXPECT_EQ(chosen(32, 128, 12, 64, full), "FwdBf16Hdim64Full128Rows");
+  EXPECT_EQ(chosen(32, 512, 32, 64, full), "FwdBf16Hdim64Full");
+  EXPECT_EQ(chosen(16, 1024, 32, 64, full), "FwdBf16Hdim64Full");
+}
+
+TEST(Plan, TilesOfFewerRowsWhereLargeOnesLeaveMultiprocessorsIdle) {
+  const MaskKind full = MaskKind::kFull, causal = MaskKind::kCausal;
+  EXPECT_EQ(chosen(1, 1024, 8, 128, full), "FwdBf16Hdim128Full128Rows");
+  EXPECT_EQ(chosen(1, 4096, 2, 128, full), "FwdBf16Hdim128Full128Rows");
+  EXPECT_EQ(chosen(1, 1024, 8, 64, full), "FwdBf16Hdim64Full128Rows");
+  EXPECT_EQ(chosen(1, 512, 8, 128, causal), "FwdBf16Hdim128Causal128Rows");
+  EXPECT_EQ(chosen(1, 4096, 2, 128, causal), "FwdBf16Hdim128Causal128Rows");
+  EXPECT_EQ(chosen(1, 4096, 8, 128, causal), "FwdBf16Hdim128Causal128Rows");
+  EXPECT_EQ(chosen(1, 4096, 2, 64, causal), "FwdBf16Hdim64Causal192Rows");
+  EXPECT_EQ(chosen(1, 4096, 16, 64, causal), "FwdBf16Hdim64Causal192Rows");
+}
+
+TEST(Plan, CausalTilesByHowMuchLiesBeyondTheDiagonal) {
+  const MaskKind causal = MaskKind::kCausal;
+  EXPECT_EQ(chosen(32, 512, 16, 128, causal), "FwdBf16Hdim128Causal");
+  EXPECT_EQ(chosen(8, 2048, 16, 128, causal), "FwdBf16Hdim128Causal");
+  EXPECT_EQ(chosen(1, 2048, 256, 128, causal), "FwdBf16Hdim128Causal");
+  EXPECT_EQ(chosen(4, 3001, 16, 128, causal), "FwdBf16Hdim128Causal128Rows");
+  EXPECT_EQ(chosen(4, 4096, 16, 128, causal), "FwdBf16Hdim128Causal128Rows");
+  EXPECT_EQ(chosen(1, 16384, 16, 128, causal), "FwdBf16Hdim128Causal128Rows");
+  EXPECT_EQ(chosen(32, 512, 32, 64, causal), "FwdBf16Hdim64Causal");
+  EXPECT_EQ(chosen(4, 4096, 32, 64, causal), "FwdBf16Hdim64Causal");
+}
+
+TEST(Plan, ChoosesOnlyWhatIsShippedAndByTheSizesAlone) {
+  for (DType dtype : {DType::kBF16, DType::kF16}) {
+    for (int64_t head_dim : {64, 128, 256}) {
+      for (MaskKind mask : {MaskKind::kFull, MaskKind::kCausal}) {
+        for (int64_t seqlen : {1, 200, 1000, 5000, 100000}) {
+          for (int64_t heads : {1, 16, 300}) {
+            Problem p = problem(1, seqlen, heads, head_dim, mask);
+            p.dtype = dtype;
+            const size_t index = planned(p).config_index;
+            EXPECT_LT(index, kFwdShippedCount);
+            for (int sm_count : {1, 78, 114, 200}) {
+              FwdPlan plan;
+              ASSERT_TRUE(plan_fwd(p, Device{sm_count}, plan).ok());
+              EXPECT_EQ(plan.config_index, index) << describe(p, plan);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Plan, TheLargestProblemsHaveAPlanToo) {
+  Problem p = problem(1, (int64_t{1} << 29) - 1, 32, 64, MaskKind::kCausal);
+  p.diagonal = -(int64_t{1} << 29);
+  EXPECT_EQ(planned(p).ctas, 132);
+  p.mask = MaskKind::kFull;
+  p.diagonal = 0;
+  EXPECT_EQ(planned(p).ctas, 132);
+}
+
 TEST(Plan, NothingToDoNeedsNoGrid) {
   EXPECT_EQ(planned(problem(0, 128, 4, 64, MaskKind::kFull)).ctas, 0);
   EXPECT_EQ(planned(problem(2, 0, 4, 64, MaskKind::kCausal)).ctas, 0);
