@@ -7,7 +7,9 @@
 
 #include <set>
 
+#include "cuda/bwd/plan.h"
 #include "cuda/fwd/plan.h"
+#include "ffi/bwd.h"
 #include "ffi/fwd.h"
 
 namespace nb = nanobind;
@@ -18,21 +20,39 @@ namespace {
 nb::dict registrations() {
   nb::dict targets;
   targets["jax_fa3_fwd_v1"] = nb::capsule(reinterpret_cast<void*>(&jax_fa3_fwd_v1));
+  targets["jax_fa3_bwd_v1"] = nb::capsule(reinterpret_cast<void*>(&jax_fa3_bwd_v1));
   return targets;
 }
 
-std::vector<int> supported_head_dims() {
+template <class Named, size_t kCount>
+std::vector<int> head_dims(const Named (&configs)[kCount]) {
   std::set<int> dims;
-  for (const NamedFwdConfig& named : kFwdConfigs) dims.insert(named.config.head_dim);
+  for (const Named& named : configs) dims.insert(named.config.head_dim);
   return {dims.begin(), dims.end()};
 }
 
 std::vector<std::string> kernels() {
   std::vector<std::string> names;
   for (const NamedFwdConfig& named : kFwdConfigs) names.emplace_back(named.name);
+  for (const NamedBwdConfig& named : kBwdConfigs) names.emplace_back(named.name);
   return names;
 }
 
+// The two passes as Python asks for them.
+struct Fwd {
+  using Plan = FwdPlan;
+  static constexpr auto& kFind = find_fwd_config;
+  static constexpr auto& kPlan = plan_fwd;
+  static constexpr auto& kWorkspaceBytes = fwd_workspace_bytes;
+};
+struct Bwd {
+  using Plan = BwdPlan;
+  static constexpr auto& kFind = find_bwd_config;
+  static constexpr auto& kPlan = plan_bwd;
+  static constexpr auto& kWorkspaceBytes = bwd_workspace_bytes;
+};
+
+template <class Pass>
 Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
                 int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
                 const std::string& config) {
@@ -49,7 +69,7 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64
   p.head_dim = head_dim;
   p.mask = is_causal ? MaskKind::kCausal : MaskKind::kFull;
   if (!config.empty()) {
-    p.config = find_fwd_config(config);
+    p.config = Pass::kFind(config);
     if (p.config < 0)
       throw nb::value_error(("config is " + config + ", expected a kernel").c_str());
   }
@@ -57,22 +77,24 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64
 }
 
 // Throws ValueError for a problem without a plan.
+template <class Pass>
 std::string describe_plan(const std::string& dtype, int64_t batch, int64_t seqlen_q,
                           int64_t seqlen_k, int64_t heads_q, int64_t heads_k, int64_t head_dim,
                           bool is_causal, const std::string& config) {
-  const Problem p =
-      problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, is_causal, config);
-  FwdPlan plan;
-  const Status status = plan_fwd(p, Device{}, plan);
+  const Problem p = problem<Pass>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim,
+                                  is_causal, config);
+  typename Pass::Plan plan;
+  const Status status = Pass::kPlan(p, Device{}, plan);
   if (!status.ok()) throw nb::value_error(status.message.c_str());
   return describe(p, plan);
 }
 
+template <class Pass>
 int64_t workspace_bytes(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
                         int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
                         const std::string& config) {
-  return fwd_workspace_bytes(
-      problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, is_causal, config));
+  return Pass::kWorkspaceBytes(problem<Pass>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k,
+                                             head_dim, is_causal, config));
 }
 
 // As cudaDriverGetVersion counts (13000 for CUDA 13.0); 0 without a driver.
@@ -86,12 +108,17 @@ int driver_version() {
 NB_MODULE(_jax_fa3, m) {
   using nb::literals::operator""_a;
   m.def("registrations", &registrations);
-  m.def("supported_head_dims", &supported_head_dims);
+  m.def("supported_head_dims", [] { return head_dims(kFwdConfigs); });
+  m.def("bwd_head_dims", [] { return head_dims(kBwdConfigs); });
   m.def("kernels", &kernels);
-  m.def("describe_plan", &describe_plan, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-        "heads_q"_a, "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "");
-  m.def("fwd_workspace_bytes", &workspace_bytes, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a,
-        "heads_q"_a, "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "");
+  const auto of_problem = [&](const char* name, auto function) {
+    m.def(name, function, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads_q"_a,
+          "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "");
+  };
+  of_problem("describe_plan", &describe_plan<Fwd>);
+  of_problem("describe_bwd_plan", &describe_plan<Bwd>);
+  of_problem("fwd_workspace_bytes", &workspace_bytes<Fwd>);
+  of_problem("bwd_workspace_bytes", &workspace_bytes<Bwd>);
   m.def("driver_version", &driver_version);
   m.def("cuda_version", [] { return CUDART_VERSION; });
   m.def("ffi_api_version",

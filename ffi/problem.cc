@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <sstream>
 
+#include "cuda/bwd/plan.h"
 #include "cuda/fwd/plan.h"
 
 namespace jax_fa3 {
@@ -14,6 +15,10 @@ std::string text(const Shape& shape) {
   for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
   out << "]";
   return out.str();
+}
+
+std::string dtype_text(xla::ffi::DataType dtype) {
+  return "dtype " + std::to_string(static_cast<int>(dtype));
 }
 
 // Collects "name: got ..., expected ..." lines.
@@ -78,59 +83,89 @@ Status batch_map(const Shape& batch, const Shape& query, const Shape& key, const
   return {};
 }
 
-}  // namespace
+// A buffer whose dtype and shape follow from query and key.
+struct Dependent {
+  enum class Kind {
+    kQueries,  // [*batch, seqlen_q, heads_q, head_dim] in the query's dtype
+    kKeys,     // [*batch, seqlen_k, heads_k, head_dim] in the query's dtype
+    kStats,    // [*batch, heads_q, seqlen_q] in float32
+  };
+  const char* name;
+  Kind kind;
+  xla::ffi::DataType dtype;
+  const Shape& shape;
+};
 
-Status fwd_problem(const FwdShapes& shapes, const FwdAttributes& attributes, Problem& problem) {
+// The rules of every pass. The first of `dependents` has the full batch.
+Status problem_of(const Tensor& query, const Tensor& key, const Tensor& value,
+                  const Shape& query_offset, const std::vector<Dependent>& dependents,
+                  const Attributes& attributes, Problem& problem) {
+  using xla::ffi::DataType;
   Mismatches wrong;
-  const size_t rank = shapes.query.size();
-  if (rank < 3) wrong.add("query", text(shapes.query), "[*batch, T, N, H]");
-  for (const auto& [name, shape] : {std::pair{"key", &shapes.key},
-                                    {"value", &shapes.value},
-                                    {"out", &shapes.out},
-                                    {"lse", &shapes.lse}}) {
-    const size_t expected = std::string(name) == "lse" ? rank - 1 : rank;
-    if (shape->size() != expected) {
-      wrong.add(name, text(*shape), "rank " + std::to_string(expected));
+  const size_t rank = query.shape.size();
+  if (rank < 3) {
+    wrong.add("query", text(query.shape), "[*batch, T, N, H]");
+    return wrong.status();
+  }
+  if (query.dtype != DataType::BF16 && query.dtype != DataType::F16) {
+    wrong.add("query", dtype_text(query.dtype), "bfloat16 or float16");
+  }
+  for (const auto& [name, tensor] : {std::pair{"key", &key}, {"value", &value}}) {
+    if (tensor->shape.size() != rank) {
+      wrong.add(name, text(tensor->shape), "rank " + std::to_string(rank));
+    }
+    if (tensor->dtype != query.dtype) {
+      wrong.add(name, dtype_text(tensor->dtype), "the query's dtype");
     }
   }
-  using xla::ffi::DataType;
-  if (shapes.query_dtype != DataType::BF16 && shapes.query_dtype != DataType::F16) {
-    wrong.add("query", "dtype " + std::to_string(static_cast<int>(shapes.query_dtype)),
-              "bfloat16 or float16");
-  }
-  for (const auto& [name, dtype] : {std::pair{"key", shapes.key_dtype},
-                                    {"value", shapes.value_dtype},
-                                    {"out", shapes.out_dtype}}) {
-    if (dtype != shapes.query_dtype) {
-      wrong.add(name, "dtype " + std::to_string(static_cast<int>(dtype)), "the query's dtype");
+  for (const Dependent& d : dependents) {
+    const bool stats = d.kind == Dependent::Kind::kStats;
+    if (d.shape.size() != rank - stats) {
+      wrong.add(d.name, text(d.shape), "rank " + std::to_string(rank - stats));
+    }
+    if (stats && d.dtype != DataType::F32) wrong.add(d.name, dtype_text(d.dtype), "float32");
+    if (!stats && d.dtype != query.dtype) {
+      wrong.add(d.name, dtype_text(d.dtype), "the query's dtype");
     }
   }
   if (Status status = wrong.status(); !status.ok()) return status;
 
   const size_t batch_rank = rank - 3;
-  const Shape batch(shapes.out.begin(), shapes.out.begin() + batch_rank);
-  const int64_t seqlen_q = shapes.query[batch_rank];
-  const int64_t heads_q = shapes.query[batch_rank + 1];
-  const int64_t head_dim = shapes.query[batch_rank + 2];
-  const int64_t seqlen_k = shapes.key[batch_rank];
-  const int64_t heads_k = shapes.key[batch_rank + 1];
+  const Shape& full = dependents.front().shape;
+  const Shape batch(full.begin(), full.begin() + batch_rank);
+  const int64_t seqlen_q = query.shape[batch_rank];
+  const int64_t heads_q = query.shape[batch_rank + 1];
+  const int64_t head_dim = query.shape[batch_rank + 2];
+  const int64_t seqlen_k = key.shape[batch_rank];
+  const int64_t heads_k = key.shape[batch_rank + 1];
 
   const auto with_batch = [&](const Shape& operand, std::initializer_list<int64_t> rest) {
     Shape shape(operand.begin(), operand.begin() + batch_rank);
     shape.insert(shape.end(), rest);
     return shape;
   };
-  wrong.expect("key", shapes.key, with_batch(shapes.key, {seqlen_k, heads_k, head_dim}));
-  wrong.expect("value", shapes.value, with_batch(shapes.value, {seqlen_k, heads_k, head_dim}));
-  wrong.expect("out", shapes.out, with_batch(shapes.out, {seqlen_q, heads_q, head_dim}));
-  wrong.expect("lse", shapes.lse, with_batch(shapes.out, {heads_q, seqlen_q}));
-  if (attributes.has_query_offset) wrong.expect("query_offset", shapes.query_offset, batch);
-  for (const auto& [name, shape] :
-       {std::pair{"query", &shapes.query}, {"key", &shapes.key}, {"value", &shapes.value}}) {
+  wrong.expect("key", key.shape, with_batch(key.shape, {seqlen_k, heads_k, head_dim}));
+  wrong.expect("value", value.shape, with_batch(value.shape, {seqlen_k, heads_k, head_dim}));
+  for (const Dependent& d : dependents) {
+    switch (d.kind) {
+      case Dependent::Kind::kQueries:
+        wrong.expect(d.name, d.shape, with_batch(full, {seqlen_q, heads_q, head_dim}));
+        break;
+      case Dependent::Kind::kKeys:
+        wrong.expect(d.name, d.shape, with_batch(full, {seqlen_k, heads_k, head_dim}));
+        break;
+      case Dependent::Kind::kStats:
+        wrong.expect(d.name, d.shape, with_batch(full, {heads_q, seqlen_q}));
+        break;
+    }
+  }
+  if (attributes.has_query_offset) wrong.expect("query_offset", query_offset, batch);
+  for (const auto& [name, tensor] :
+       {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
     for (size_t i = 0; i < batch_rank; ++i) {
-      if ((*shape)[i] != batch[i] && (*shape)[i] != 1) {
+      if (tensor->shape[i] != batch[i] && tensor->shape[i] != 1) {
         wrong.add(std::string(name) + " batch dimension " + std::to_string(i),
-                  std::to_string((*shape)[i]), std::to_string(batch[i]) + " or 1");
+                  std::to_string(tensor->shape[i]), std::to_string(batch[i]) + " or 1");
       }
     }
   }
@@ -141,11 +176,11 @@ Status fwd_problem(const FwdShapes& shapes, const FwdAttributes& attributes, Pro
   if (Status status = wrong.status(); !status.ok()) return status;
 
   problem = Problem{};
-  problem.dtype = shapes.query_dtype == DataType::BF16 ? DType::kBF16 : DType::kF16;
+  problem.dtype = query.dtype == DataType::BF16 ? DType::kBF16 : DType::kF16;
   problem.batch = product(batch, 0, batch_rank);
-  problem.batch_q = product(shapes.query, 0, batch_rank);
-  problem.batch_k = product(shapes.key, 0, batch_rank);
-  problem.batch_v = product(shapes.value, 0, batch_rank);
+  problem.batch_q = product(query.shape, 0, batch_rank);
+  problem.batch_k = product(key.shape, 0, batch_rank);
+  problem.batch_v = product(value.shape, 0, batch_rank);
   problem.seqlen_q = seqlen_q;
   problem.seqlen_k = seqlen_k;
   problem.heads_q = heads_q;
@@ -155,20 +190,57 @@ Status fwd_problem(const FwdShapes& shapes, const FwdAttributes& attributes, Pro
   problem.diagonal = attributes.diagonal;
   problem.has_query_offset = attributes.has_query_offset;
   problem.scale = attributes.scale;
-  if (!attributes.config.empty()) {
-    problem.config = find_fwd_config(attributes.config);
-    if (problem.config < 0) wrong.add("config", attributes.config, "the name of a kernel");
-    if (Status status = wrong.status(); !status.ok()) return status;
-  }
-  if (Status status = batch_map(batch, shapes.query, shapes.key, shapes.value, problem.batch_map);
-      !status.ok()) {
-    return status;
-  }
-  if (const int64_t needed = fwd_workspace_bytes(problem); shapes.workspace_bytes < needed) {
-    wrong.add("workspace", std::to_string(shapes.workspace_bytes) + " bytes",
-              "at least " + std::to_string(needed));
+  return batch_map(batch, query.shape, key.shape, value.shape, problem.batch_map);
+}
+
+// A benchmark's choice of configuration, in the list of its pass.
+Status force_config(const Attributes& attributes, int (*find)(const std::string&),
+                    Problem& problem) {
+  if (attributes.config.empty()) return {};
+  problem.config = find(attributes.config);
+  if (problem.config >= 0) return {};
+  Mismatches wrong;
+  wrong.add("config", attributes.config, "the name of a kernel");
+  return wrong.status();
+}
+
+Status check_workspace(int64_t got, int64_t needed) {
+  Mismatches wrong;
+  if (got < needed) {
+    wrong.add("workspace", std::to_string(got) + " bytes", "at least " + std::to_string(needed));
   }
   return wrong.status();
+}
+
+}  // namespace
+
+Status fwd_problem(const FwdShapes& shapes, const Attributes& attributes, Problem& problem) {
+  using Kind = Dependent::Kind;
+  Status status = problem_of(shapes.query, shapes.key, shapes.value, shapes.query_offset,
+                             {{"out", Kind::kQueries, shapes.out.dtype, shapes.out.shape},
+                              {"lse", Kind::kStats, shapes.lse.dtype, shapes.lse.shape}},
+                             attributes, problem);
+  if (!status.ok()) return status;
+  status = force_config(attributes, &find_fwd_config, problem);
+  if (!status.ok()) return status;
+  return check_workspace(shapes.workspace_bytes, fwd_workspace_bytes(problem));
+}
+
+Status bwd_problem(const BwdShapes& shapes, const Attributes& attributes, Problem& problem) {
+  using Kind = Dependent::Kind;
+  Status status = problem_of(shapes.query, shapes.key, shapes.value, shapes.query_offset,
+                             {{"out", Kind::kQueries, shapes.out.dtype, shapes.out.shape},
+                              {"lse", Kind::kStats, shapes.lse.dtype, shapes.lse.shape},
+                              {"dout", Kind::kQueries, shapes.dout.dtype, shapes.dout.shape},
+                              {"dlse", Kind::kStats, shapes.dlse.dtype, shapes.dlse.shape},
+                              {"dq", Kind::kQueries, shapes.dq.dtype, shapes.dq.shape},
+                              {"dk", Kind::kKeys, shapes.dk.dtype, shapes.dk.shape},
+                              {"dv", Kind::kKeys, shapes.dv.dtype, shapes.dv.shape}},
+                             attributes, problem);
+  if (!status.ok()) return status;
+  status = force_config(attributes, &find_bwd_config, problem);
+  if (!status.ok()) return status;
+  return check_workspace(shapes.workspace_bytes, bwd_workspace_bytes(problem));
 }
 
 }  // namespace jax_fa3

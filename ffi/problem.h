@@ -13,20 +13,13 @@ namespace jax_fa3 {
 
 using Shape = std::vector<int64_t>;
 
-// The forward call's shapes, as XLA hands them over. Leading dimensions are the batch; in query,
-// key and value each is the output's or 1 (broadcast).
-struct FwdShapes {
-  xla::ffi::DataType query_dtype, key_dtype, value_dtype, out_dtype;
-  Shape query;         // [*batch, seqlen_q, heads_q, head_dim]
-  Shape key;           // [*batch, seqlen_k, heads_k, head_dim]
-  Shape value;         // [*batch, seqlen_k, heads_k, head_dim]
-  Shape query_offset;  // [*batch]; empty and unused unless has_query_offset
-  Shape out;           // [*batch, seqlen_q, heads_q, head_dim]
-  Shape lse;           // [*batch, heads_q, seqlen_q]
-  int64_t workspace_bytes = 0;
+// A buffer as XLA hands it over.
+struct Tensor {
+  xla::ffi::DataType dtype;
+  Shape shape;
 };
 
-struct FwdAttributes {
+struct Attributes {
   float scale;
   bool is_causal;
   int64_t diagonal;
@@ -34,7 +27,29 @@ struct FwdAttributes {
   std::string config;  // name of a configuration to force; empty: the plan chooses
 };
 
+// The calls' buffers. Leading dimensions are the batch; in query, key and value each is the
+// output's or 1 (broadcast).
+struct FwdShapes {
+  Tensor query;        // [*batch, seqlen_q, heads_q, head_dim]
+  Tensor key;          // [*batch, seqlen_k, heads_k, head_dim]
+  Tensor value;        // [*batch, seqlen_k, heads_k, head_dim]
+  Shape query_offset;  // [*batch]; empty and unused unless has_query_offset
+  Tensor out;          // [*batch, seqlen_q, heads_q, head_dim]
+  Tensor lse;          // [*batch, heads_q, seqlen_q]
+  int64_t workspace_bytes = 0;
+};
+struct BwdShapes {
+  Tensor query, key, value;
+  Shape query_offset;
+  Tensor out, dout, dq;  // [*batch, seqlen_q, heads_q, head_dim]
+  Tensor lse, dlse;      // [*batch, heads_q, seqlen_q]
+  Tensor dk, dv;         // [*batch, seqlen_k, heads_k, head_dim]
+  int64_t workspace_bytes = 0;
+};
+
 // InvalidArgument lists every mismatch at once.
-Status fwd_problem(const FwdShapes& shapes, const FwdAttributes& attributes, Problem& problem);
+Status fwd_problem(const FwdShapes& shapes, const Attributes& attributes, Problem& problem);
+
+Status bwd_problem(const BwdShapes& shapes, const Attributes& attributes, Problem& problem);
 
 }  // namespace jax_fa3

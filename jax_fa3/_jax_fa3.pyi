@@ -3,7 +3,12 @@
 def registrations() -> dict[str, object]:
     """Custom-call target name -> capsule with the XLA FFI handler."""
 
-def supported_head_dims() -> list[int]: ...
+def supported_head_dims() -> list[int]:
+    """Of the forward kernels."""
+
+def bwd_head_dims() -> list[int]:
+    """Of the backward kernels."""
+
 def kernels() -> list[str]:
     """Names of the compiled kernel configurations."""
 
@@ -32,6 +37,32 @@ def fwd_workspace_bytes(
     config: str = "",
 ) -> int:
     """Size of the forward's workspace result; `config` forces one of kernels()."""
+
+def describe_bwd_plan(
+    dtype: str,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    is_causal: bool,
+    config: str = "",
+) -> str:
+    """The plan of a backward call as text; `config` forces one of kernels()."""
+
+def bwd_workspace_bytes(
+    dtype: str,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    is_causal: bool,
+    config: str = "",
+) -> int:
+    """Size of the backward's workspace result; `config` forces one of kernels()."""
 
 def ffi_api_version() -> tuple[int, int]:
     """(major, minor) of the XLA FFI headers it was compiled against."""

@@ -12,6 +12,7 @@ import jax
 import jax.ffi
 
 FWD_TARGET = "jax_fa3_fwd_v1"
+BWD_TARGET = "jax_fa3_bwd_v1"
 
 # The extension carries a CUDA 13 runtime, which needs driver 580 (cudaDriverGetVersion: 13000).
 MIN_DRIVER = 13000

@@ -4,9 +4,8 @@ They are polymorphic in leading batch dims: every operand has the same number of
 1, and 1 is broadcast. So vmap only moves the mapped axis to the front, and an axis that maps the
 query alone copies no key or value.
 
-The default lowering is the xla path. The CUDA lowering of the forward is the kernel, or the xla
-path where the kernels cannot run; the backward lowers to the xla path everywhere, from the saved
-out and lse.
+The default lowering is the xla path. The CUDA lowering is the kernels, or the xla path where they
+cannot run; the backward starts from the saved out and lse in both.
 """
 
 from __future__ import annotations
@@ -288,6 +287,7 @@ def _lower_xla(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _lower_xla_forward = _lower_xla(_xla_forward)
+_lower_xla_backward = _lower_xla(_xla_backward)
 
 
 def _lower_forward(ctx, *operands, names, spec, fallback):
@@ -302,6 +302,51 @@ def _lower_forward(ctx, *operands, names, spec, fallback):
 # --- CUDA lowering ---
 
 
+def _full_batch(ctx, x, aval, shape, dtype):
+    """(x, its aval) in the given shape and dtype, copied where a batch dim of `aval` is 1."""
+    want = jax.core.ShapedArray(shape, np.dtype(dtype))
+    if aval.shape == shape and aval.dtype == want.dtype:
+        return x, want
+
+    def spread(x):
+        return jnp.broadcast_to(x, shape).astype(dtype)
+
+    plain = ctx.replace(avals_in=[jax.core.ShapedArray(aval.shape, aval.dtype)], avals_out=[want])
+    (x,) = mlir.lower_fun(lambda x: [spread(x)], multiple_results=True)(plain, x)
+    return x, want
+
+
+def _call_kernels(ctx, target, operands, avals_in, results, workspace_bytes, *, names, spec):
+    """Emits the custom call; its last result, the workspace, is dropped.
+
+    The one place where attributes get their types: XLA takes a Python float for f64, an int for
+    s64, and decoding in C++ is strict.
+    """
+    avals = dict(zip(names, avals_in, strict=False))
+    t, s = avals["query"].shape[-3], avals["key"].shape[-3]
+    has_offset = "query_offset" in names
+    diagonal = s - t if spec.causal_alignment == "bottom_right" and not has_offset else 0
+    workspace = jax.core.ShapedArray((workspace_bytes,), np.dtype(np.uint8))
+    rule = jax.ffi.ffi_lowering(target)
+    out = rule(
+        ctx.replace(avals_in=avals_in, avals_out=[*results, workspace]),
+        *operands,
+        scale=np.float32(spec.scale),
+        is_causal=np.bool_(spec.is_causal),
+        diagonal=np.int64(diagonal),
+        has_query_offset=np.bool_(has_offset),
+    )
+    return list(out)[:-1]
+
+
+def _problem(names, avals_in, batch, spec):
+    """The arguments by which the extension describes a problem."""
+    avals = dict(zip(names, avals_in, strict=False))
+    q, k = avals["query"], avals["key"]
+    (t, n, h), (s, heads_k) = q.shape[-3:], k.shape[-3:-1]
+    return (q.dtype.name, math.prod(batch), t, s, n, heads_k, h, spec.is_causal)
+
+
 def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
     why_not = _native.why_not()
     if why_not and not fallback:
@@ -312,38 +357,63 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
             _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
         return _lower_xla_forward(ctx, *operands, names=names, spec=spec, fallback=fallback)
 
-    avals = dict(zip(names, ctx.avals_in, strict=True))
-    q, k = avals["query"], avals["key"]
-    batch, (t, n, h), (s, heads_k) = out.shape[:-3], q.shape[-3:], k.shape[-3:-1]
-    has_offset = "query_offset" in names
-    arguments = list(operands)
-    avals_in = list(ctx.avals_in)
-    if has_offset:  # one a batch row, copied if need be: these are 4 bytes each
+    batch = out.shape[:-3]
+    arguments, avals_in = list(operands), list(ctx.avals_in)
+    if "query_offset" in names:  # one a batch row: these are 4 bytes each
         i = names.index("query_offset")
-        offset = jax.core.ShapedArray(batch, np.dtype(np.int32))
-        spread = mlir.lower_fun(lambda x: jnp.broadcast_to(x, batch), multiple_results=False)
-        (arguments[i],) = spread(
-            ctx.replace(avals_in=[jax.core.ShapedArray(avals_in[i].shape, offset.dtype)]),
-            arguments[i],
-        )
-        avals_in[i] = offset
-    plan = (q.dtype.name, math.prod(batch), t, s, n, heads_k, h, spec.is_causal)
+        arguments[i], avals_in[i] = _full_batch(ctx, arguments[i], avals_in[i], batch, np.int32)
     module = _native.extension()
     assert module is not None  # or why_not would have said so
-    workspace = jax.core.ShapedArray((module.fwd_workspace_bytes(*plan),), np.dtype(np.uint8))
-    diagonal = s - t if spec.causal_alignment == "bottom_right" and not has_offset else 0
-    rule = jax.ffi.ffi_lowering(_native.FWD_TARGET)
-    # The one place where attributes get their types: XLA takes a Python float for f64, an int for
-    # s64, and decoding in C++ is strict.
-    results = rule(
-        ctx.replace(avals_in=avals_in, avals_out=[out, lse, workspace]),
-        *arguments,
-        scale=np.float32(spec.scale),
-        is_causal=np.bool_(spec.is_causal),
-        diagonal=np.int64(diagonal),
-        has_query_offset=np.bool_(has_offset),
+    return _call_kernels(
+        ctx,
+        _native.FWD_TARGET,
+        arguments,
+        avals_in,
+        [out, lse],
+        module.fwd_workspace_bytes(*_problem(names, avals_in, batch, spec)),
+        names=names,
+        spec=spec,
     )
-    return list(results)[:2]
+
+
+def _lower_backward_cuda(ctx, *operands, names, spec):
+    dq, dk = ctx.avals_out[:2]
+    why_not = _native.why_not() or _support.backward_reasons(spec, dq.shape[-1])
+    if why_not or not (dq.size or dk.size):
+        if why_not:
+            _support.log_once(
+                why_not, on_gpu=bool(_native.visible_gpus()), what="the backward pass"
+            )
+        return _lower_xla_backward(ctx, *operands, names=names, spec=spec)
+
+    batch = dq.shape[:-3]
+    t, n, h = dq.shape[-3:]
+    arguments, avals_in = list(operands), list(ctx.avals_in)
+    count = len(names)
+    # query, key, value and what the kernels want whole: out, lse, dout, dlse, then query_offset.
+    order = [names.index(name) for name in ("query", "key", "value")]
+    order += [count + i for i in range(4)]
+    wanted = {count: (t, n, h), count + 1: (n, t), count + 2: (t, n, h), count + 3: (n, t)}
+    if "query_offset" in names:
+        order.append(names.index("query_offset"))
+        wanted[order[-1]] = ()
+    for i, core in wanted.items():
+        dtype = np.dtype(np.int32) if not core else avals_in[i].dtype
+        arguments[i], avals_in[i] = _full_batch(
+            ctx, arguments[i], avals_in[i], (*batch, *core), dtype
+        )
+    module = _native.extension()
+    assert module is not None
+    return _call_kernels(
+        ctx,
+        _native.BWD_TARGET,
+        [arguments[i] for i in order],
+        [avals_in[i] for i in order],
+        ctx.avals_out,
+        module.bwd_workspace_bytes(*_problem(names, avals_in, batch, spec)),
+        names=("query", "key", "value", *["query_offset"] * ("query_offset" in names)),
+        spec=spec,
+    )
 
 
 # --- batching ---
@@ -385,4 +455,5 @@ ad.primitive_jvps[fwd_p] = _no_derivative("forward-mode differentiation")
 ad.primitive_jvps[bwd_p] = _no_derivative("a second derivative")
 mlir.register_lowering(fwd_p, _lower_forward)
 mlir.register_lowering(fwd_p, _lower_forward_cuda, platform="cuda")
-mlir.register_lowering(bwd_p, _lower_xla(_xla_backward))
+mlir.register_lowering(bwd_p, _lower_xla_backward)
+mlir.register_lowering(bwd_p, _lower_backward_cuda, platform="cuda")

@@ -283,7 +283,6 @@ def explain(
         return "\n".join(lines)
 
     lines.append("fa3 takes this call: the Hopper kernels, where it is lowered for CUDA")
-    lines.append("  backward: the xla path, from the saved out and lse")
     where_not = _native.why_not()
     if not where_not and not _native.visible_gpus():
         where_not = [f"this process has no GPU (default backend {jax.default_backend()})"]
@@ -296,8 +295,15 @@ def explain(
         for size in batch:
             rows *= size
         s, heads_k = k.shape[-3:-1]
-        plan = module.describe_plan(q.dtype.name, rows, t, s, n, heads_k, h, spec.is_causal)
-        lines += [f"  plan: {line}" for line in plan.splitlines()]
+        problem = (q.dtype.name, rows, t, s, n, heads_k, h, spec.is_causal)
+        lines += [f"  plan: {line}" for line in module.describe_plan(*problem).splitlines()]
+        if not _support.backward_reasons(spec, h):
+            plan = module.describe_bwd_plan(*problem)
+            lines += [f"  backward plan: {line}" for line in plan.splitlines()]
+    lines += [
+        f"  backward on the xla path, from the saved out and lse: {reason}"
+        for reason in _support.backward_reasons(spec, q.shape[-1])
+    ]
     return "\n".join(lines)
 
 

@@ -83,8 +83,11 @@ def fake_extension(*, driver: int = 13000, api: tuple[int, int] = (0, 1), worksp
     module.driver_version = lambda: driver  # type: ignore[attr-defined]
     module.cuda_version = lambda: 13000  # type: ignore[attr-defined]
     module.kernels = lambda: ["FakeFwd"]  # type: ignore[attr-defined]
+    module.bwd_head_dims = lambda: [64, 128]  # type: ignore[attr-defined]
     module.describe_plan = describe_plan  # type: ignore[attr-defined]
+    module.describe_bwd_plan = describe_plan  # type: ignore[attr-defined]
     module.fwd_workspace_bytes = fwd_workspace_bytes  # type: ignore[attr-defined]
+    module.bwd_workspace_bytes = fwd_workspace_bytes  # type: ignore[attr-defined]
     return module
 
 

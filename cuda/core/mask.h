@@ -35,4 +35,28 @@ constexpr KeyBlocks key_blocks(int32_t row_begin, int32_t row_end, int32_t seqle
   return {end, unmasked_end, end > unmasked_end && first_visible == unmasked_end * tile_n};
 }
 
+// The first query that sees `key`; every later one sees it too. kNoQuery when none does, because
+// the key lies past the end.
+inline constexpr int32_t kNoQuery = INT32_MAX;
+template <MaskKind kMask>
+constexpr int32_t first_visible_query(int32_t key, int32_t seqlen_k, int32_t diagonal) {
+  if (key >= seqlen_k) return kNoQuery;
+  return kMask == MaskKind::kCausal && key > diagonal ? key - diagonal : 0;
+}
+
+// Steps of `tile_m` queries that keys [key_begin, key_end) visit, from the first to the last.
+struct QuerySteps {
+  int32_t begin, end;      // steps [begin, end) hold a query that sees a key
+  int32_t unmasked_begin;  // queries of steps [unmasked_begin, end) see all of them
+};
+template <MaskKind kMask>
+constexpr QuerySteps query_steps(int32_t key_begin, int32_t key_end, int32_t seqlen_q,
+                                 int32_t seqlen_k, int32_t diagonal, int32_t tile_m) {
+  const int32_t end = ceil_div(seqlen_q, tile_m);
+  const int32_t first = first_visible_query<kMask>(key_begin, seqlen_k, diagonal);
+  const int32_t last = first_visible_query<kMask>(key_end - 1, seqlen_k, diagonal);
+  const int32_t begin = clamp(first / tile_m, 0, end);
+  return {begin, end, last == kNoQuery ? end : clamp(ceil_div(last, tile_m), begin, end)};
+}
+
 }  // namespace jax_fa3

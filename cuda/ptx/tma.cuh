@@ -39,11 +39,10 @@ __device__ __forceinline__ void bulk_load(uint32_t barrier, uint32_t destination
 // addition is atomic, their order is not defined. Generic stores to `source` need a
 // fence_proxy_async before it.
 __device__ __forceinline__ void bulk_add_f32(float* destination, uint32_t source, uint32_t bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-          destination),
-      "r"(source), "r"(bytes)
-      : "memory");
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   destination),
+               "r"(source), "r"(bytes)
+               : "memory");
 }
 __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -1,0 +1,114 @@
+// The configurations of the backward kernel. Plain C++: the planner, the tests and the kernels read
+// the same constants.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/core/types.h"
+
+namespace jax_fa3 {
+
+struct BwdConfig {
+  DType dtype;
+  int head_dim;  // of query, key and value
+  MaskKind mask;
+  int key_warpgroups;  // 64 keys each
+  int stages;          // depth of the query ring and of the dout ring
+  int dscores_stages;  // depth of the ring of dS tiles between the key warpgroups and dQ's
+  // Scores and their derivative take turns in the same accumulators, where registers do not hold
+  // both beside dK and dV; then dS is made from the rounded P.
+  bool one_product_at_a_time;
+
+  static constexpr int kElementBytes = 2;
+  static constexpr int kTileM = 64;                 // queries a step
+  static constexpr int kDqColumns = 64;             // of dQ, at a time
+  static constexpr int kDqBuffers = 2;              // on their way from registers to memory
+  static constexpr int kMaxSmemBytes = 227 * 1024;  // a CTA on sm_90, CUDA C++ guide, table 30
+
+  constexpr int tile_n() const { return 64 * key_warpgroups; }
+  constexpr int key_warps() const { return 4 * key_warpgroups; }
+  // The producer's, the key warpgroups, dQ's.
+  constexpr int threads() const { return 128 * (key_warpgroups + 2); }
+
+  constexpr int kv_bytes() const { return tile_n() * head_dim * kElementBytes; }
+  constexpr int q_bytes() const { return kTileM * head_dim * kElementBytes; }
+  static constexpr int stats_bytes() { return kTileM * 4; }
+  constexpr int dscores_bytes() const { return tile_n() * kTileM * kElementBytes; }
+  static constexpr int dq_bytes() { return kTileM * kDqColumns * 4; }
+  // Tiles, rows of lse and delta, then barriers: key and value; full and empty of each stage;
+  // rounded up to its alignment. launch.cuh asserts that it is sizeof(BwdSmem).
+  constexpr int smem_bytes() const {
+    const int tiles = 2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes() +
+                      kDqBuffers * dq_bytes();
+    const int barriers = 8 * (2 + 4 * stages + 2 * dscores_stages);
+    return (tiles + stages * 2 * stats_bytes() + barriers + 1023) / 1024 * 1024;
+  }
+
+  // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at
+  // launch, threads() times the cap that __launch_bounds__ implies.
+  static constexpr int producer_registers() { return 24; }
+  constexpr int dq_registers() const { return key_warpgroups == 2 ? 64 : 48; }
+  constexpr int key_registers() const { return key_warpgroups == 2 ? 208 : 136; }
+
+  constexpr bool fits() const {
+    return smem_bytes() <= kMaxSmemBytes && head_dim % 64 == 0 && stages >= 2 &&
+           dscores_stages >= 1 &&
+           128 * (producer_registers() + dq_registers() + key_warpgroups * key_registers()) <=
+               65536 / threads() / 8 * 8 * threads();
+  }
+};
+
+template <DType kDType, MaskKind kMask>
+struct BwdHdim64 {
+  static constexpr BwdConfig value{.dtype = kDType,
+                                   .head_dim = 64,
+                                   .mask = kMask,
+                                   .key_warpgroups = 2,
+                                   .stages = 4,
+                                   .dscores_stages = 2,
+                                   .one_product_at_a_time = false};
+};
+template <DType kDType, MaskKind kMask>
+struct BwdHdim128 {
+  static constexpr BwdConfig value{.dtype = kDType,
+                                   .head_dim = 128,
+                                   .mask = kMask,
+                                   .key_warpgroups = 2,
+                                   .stages = 2,
+                                   .dscores_stages = 2,
+                                   .one_product_at_a_time = true};
+};
+
+// The names a profiler prints.
+struct BwdBf16Hdim64Full : BwdHdim64<DType::kBF16, MaskKind::kFull> {};
+struct BwdBf16Hdim64Causal : BwdHdim64<DType::kBF16, MaskKind::kCausal> {};
+struct BwdBf16Hdim128Full : BwdHdim128<DType::kBF16, MaskKind::kFull> {};
+struct BwdBf16Hdim128Causal : BwdHdim128<DType::kBF16, MaskKind::kCausal> {};
+struct BwdF16Hdim64Full : BwdHdim64<DType::kF16, MaskKind::kFull> {};
+struct BwdF16Hdim64Causal : BwdHdim64<DType::kF16, MaskKind::kCausal> {};
+struct BwdF16Hdim128Full : BwdHdim128<DType::kF16, MaskKind::kFull> {};
+struct BwdF16Hdim128Causal : BwdHdim128<DType::kF16, MaskKind::kCausal> {};
+
+struct NamedBwdConfig {
+  const char* name;
+  BwdConfig config;
+};
+
+// The one list. plan.cc searches it, launch.cu turns an index into a kernel, tests walk it.
+#define JAX_FA3_BWD_CONFIGS(X) \
+  X(BwdBf16Hdim64Full)         \
+  X(BwdBf16Hdim64Causal)       \
+  X(BwdBf16Hdim128Full)        \
+  X(BwdBf16Hdim128Causal)      \
+  X(BwdF16Hdim64Full)          \
+  X(BwdF16Hdim64Causal)        \
+  X(BwdF16Hdim128Full)         \
+  X(BwdF16Hdim128Causal)
+
+#define JAX_FA3_NAMED(config) NamedBwdConfig{#config, config::value},
+inline constexpr NamedBwdConfig kBwdConfigs[] = {JAX_FA3_BWD_CONFIGS(JAX_FA3_NAMED)};
+#undef JAX_FA3_NAMED
+inline constexpr size_t kBwdConfigCount = sizeof(kBwdConfigs) / sizeof(kBwdConfigs[0]);
+
+}  // namespace jax_fa3

@@ -1,0 +1,60 @@
+// After the main kernel: dQ's accumulator, times the scale, to the result's dtype and layout.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/bwd/config.h"
+#include "cuda/bwd/params.h"
+#include "cuda/core/accumulator.cuh"
+
+namespace jax_fa3 {
+
+// One CTA of a warpgroup a step of 64 queries of a head. Blocks of the accumulator have the order
+// of the registers that dq.cuh wrote.
+template <DType kDType, int kHeadDim>
+__global__ void __launch_bounds__(ptx::kWarpgroupSize)
+    convert_dq_kernel(const __grid_constant__ ConvertParams params) {
+  constexpr int kChunks = kHeadDim / BwdConfig::kDqColumns;
+  constexpr int kAccumulators = BwdConfig::kDqColumns / 2;
+  const int32_t head = blockIdx.x % params.heads_q;
+  const int32_t m = blockIdx.x / params.heads_q % params.steps;
+  const int32_t batch = blockIdx.x / params.heads_q / params.steps;
+  const int64_t pair = static_cast<int64_t>(batch) * params.heads_q + head;
+  const float4* const blocks = reinterpret_cast<const float4*>(params.dq_accumulator) +
+                               (pair * params.steps + m) * (BwdConfig::kTileM * kHeadDim / 4);
+  const int quad_lane = threadIdx.x % 4;
+  const int32_t first_row = m * BwdConfig::kTileM + accumulator_row();
+
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    float4 dq[kAccumulators / 4];
+#pragma unroll
+    for (int i = 0; i < kAccumulators / 4; ++i) {
+      dq[i] = blocks[(chunk * (kAccumulators / 4) + i) * ptx::kWarpgroupSize + threadIdx.x];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int32_t row = first_row + 8 * r;
+      const int64_t token = static_cast<int64_t>(batch) * params.seqlen_q + row;
+      uint4* const out = reinterpret_cast<uint4*>(static_cast<uint16_t*>(params.dq) +
+                                                  (token * params.heads_q + head) * kHeadDim +
+                                                  chunk * BwdConfig::kDqColumns);
+#pragma unroll
+      for (int group = 0; group < BwdConfig::kDqColumns / 32; ++group) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float4& four = dq[4 * group + i];  // columns of 8: row, row, row + 8, row + 8
+          words[i] = pack<kDType>((r == 0 ? four.x : four.z) * params.scale,
+                                  (r == 0 ? four.y : four.w) * params.scale);
+        }
+        quad_transpose(words);
+        if (row < params.seqlen_q) {
+          out[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace jax_fa3

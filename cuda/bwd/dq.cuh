@@ -1,0 +1,116 @@
+// The dQ warpgroup: dQ = dS K of each step over the CTA's keys, added to the accumulator in global
+// memory, off the key warpgroups' critical path.
+//
+// The accumulator keeps registers' order, so that a lane moves 16 bytes at a time: of a block of 64
+// queries x 64 columns, accumulators 4 k .. 4 k + 3 of thread t are floats 4 (128 k + t) + 0 .. 3.
+// convert_dq.cuh reads it the same way.
+#pragma once
+
+#include "cuda/bwd/work.cuh"
+#include "cuda/core/accumulator.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace jax_fa3 {
+
+template <class Config>
+class DqWarpgroup {
+  static constexpr BwdConfig kConfig = Config::value;
+  static constexpr int kTileN = kConfig.tile_n();
+  static constexpr int kChunks = kConfig.head_dim / BwdConfig::kDqColumns;
+  static constexpr int kAccumulators = BwdConfig::kDqColumns / 2;
+
+ public:
+  __device__ __forceinline__ DqWarpgroup(const BwdParams& params, const BwdRings<Config>& rings,
+                                         const KeyWork& work)
+      : params_(params), rings_(rings), work_(work) {}
+
+  __device__ __forceinline__ void run() {
+    const bool leader = threadIdx.x % ptx::kWarpgroupSize == 0;
+    const int32_t steps = work_.steps.end - work_.steps.begin;
+    if (steps == 0) return;
+    ptx::mbarrier_wait(rings_.k_full, 0);
+    // The steps of one head lie next to each other, its siblings' a whole head away.
+    float* block =
+        params_.dq_accumulator +
+        step_index(params_, work_.batch, work_.head_k * params_.group, work_.steps.begin) *
+            (kChunks * kBlock);
+    const int64_t next_head =
+        static_cast<int64_t>(params_.padded_q / BwdConfig::kTileM - steps) * (kChunks * kBlock);
+    int32_t left_of_head = steps;
+#pragma unroll 1
+    for (int32_t left = params_.group * steps; left > 0; --left) {
+      rings_.dscores_ring.wait(at_);
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        ptx::wgmma_fence();
+        multiply(chunk);
+        ptx::wgmma_wait<0>();
+        ptx::fence_registers(dq_);
+        if (chunk == kChunks - 1) {
+          rings_.dscores_ring.release(at_);
+          at_.advance();
+        }
+        add(leader, block);
+        block += kBlock;
+      }
+      if (--left_of_head == 0) {
+        left_of_head = steps;
+        block += next_head;
+      }
+    }
+    if (leader) ptx::bulk_wait_read<0>();
+  }
+
+ private:
+  static constexpr int kBlock = BwdConfig::kTileM * BwdConfig::kDqColumns;  // floats
+
+  // 64 columns of dS K: A [64 queries, keys] and B [keys, 64], both stored with the keys as rows.
+  __device__ __forceinline__ void multiply(int chunk) {
+    using Mma = ptx::Wgmma<kConfig.dtype, BwdConfig::kDqColumns>;
+    const ptx::SmemOperand dscores =
+        ptx::mn_major_operand(rings_.dscores + at_.stage * kConfig.dscores_bytes(), kTileN * 128);
+    const ptx::SmemOperand keys =
+        ptx::mn_major_operand(rings_.k + chunk * kTileN * 128, kTileN * 128);
+#pragma unroll
+    for (int step = 0; step < kTileN / 16; ++step) {
+      Mma::template ss<ptx::Major::kMN, ptx::Major::kMN>(
+          dq_, dscores.descriptor(step * 16 * 128), keys.descriptor(step * 16 * 128), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Adds a block to the accumulator: registers to shared memory, from where the copy engine takes
+  // it. Two buffers: the one to fill was the last but one to leave.
+  __device__ __forceinline__ void add(bool leader, float* destination) {
+    static_assert(BwdConfig::kDqBuffers == 2);
+    constexpr int kBarrier = static_cast<int>(ptx::NamedBarrier::kDq);
+    const uint32_t buffer = rings_.dq + buffer_ * BwdConfig::dq_bytes();
+    buffer_ ^= 1;
+    if (leader) ptx::bulk_wait_read<1>();
+    ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
+    const uint32_t address = buffer + threadIdx.x % ptx::kWarpgroupSize * 16;
+#pragma unroll
+    for (int i = 0; i < kAccumulators; i += 4) {
+      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address + i * 512), "f"(dq_[i]),
+                   "f"(dq_[i + 1]), "f"(dq_[i + 2]), "f"(dq_[i + 3])
+                   : "memory");
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
+    if (leader) {
+      ptx::bulk_add_f32(destination, buffer, BwdConfig::dq_bytes());
+      ptx::bulk_commit();
+    }
+  }
+
+  const BwdParams& params_;
+  const BwdRings<Config>& rings_;
+  const KeyWork& work_;
+  typename BwdRings<Config>::DscoresPosition at_;
+  int buffer_ = 0;
+  float dq_[kAccumulators];
+};
+
+}  // namespace jax_fa3

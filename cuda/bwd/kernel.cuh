@@ -1,0 +1,61 @@
+// The backward's main kernel: dK, dV, and dQ's accumulator. Outline of the roles; each has its own
+// file. FlashAttention-3 (Shah et al. 2024), Algorithm 3.
+//
+// A CTA owns 64 W keys of one head and walks over the queries that see them, 64 a step.
+//
+//   warpgroup 0      producer   one thread streams queries and dout (with lse and delta) by TMA
+//   warpgroups 1..W  keys       64 keys each: scores and their derivative again, dK and dV
+//   warpgroup W + 1  dQ         dQ of the step over all of the CTA's keys, added in memory
+//
+//   producer --q_full[s], dout_full[s]--> keys --dscores_full[s]--> dQ
+//            <--q_empty, dout_empty-----       <--dscores_empty[s]--
+#pragma once
+
+#include "cuda/bwd/dq.cuh"
+#include "cuda/bwd/keys.cuh"
+#include "cuda/bwd/producer.cuh"
+#include "cuda/bwd/work.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/warp.cuh"
+
+namespace jax_fa3 {
+
+template <class Config>
+__global__ void __launch_bounds__(Config::value.threads(), 1)
+    bwd_kernel(const __grid_constant__ BwdParams params) {
+  constexpr BwdConfig kConfig = Config::value;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const BwdRings<Config> rings(*reinterpret_cast<BwdSmem<Config>*>(shared));
+
+  if (threadIdx.x == 0) {
+    ptx::tma_prefetch_map(params.q_map);
+    ptx::tma_prefetch_map(params.k_map);
+    ptx::tma_prefetch_map(params.v_map);
+    ptx::tma_prefetch_map(params.dout_map);
+    ptx::mbarrier_init(rings.k_full, 1);
+    ptx::mbarrier_init(rings.v_full, 1);
+    rings.q_ring.init(kConfig.key_warps());
+    rings.dout_ring.init(kConfig.key_warps());
+    for (int stage = 0; stage < kConfig.dscores_stages; ++stage) {
+      ptx::mbarrier_init(rings.dscores_ring.full_barrier(stage), kConfig.key_warps());
+      ptx::mbarrier_init(rings.dscores_ring.empty_barrier(stage), 4);  // dQ's warps
+    }
+    ptx::mbarrier_fence_init();
+  }
+  __syncthreads();
+
+  const KeyWork work = key_work<Config>(params);
+  const int warpgroup = ptx::warpgroup_index();
+  if (warpgroup == 0) {
+    ptx::shrink_registers<BwdConfig::producer_registers()>();
+    if (ptx::warp_index() == 0 && ptx::elect_one()) produce<Config>(params, rings, work);
+  } else if (warpgroup <= kConfig.key_warpgroups) {
+    ptx::grow_registers<kConfig.key_registers()>();
+    KeyWarpgroup<Config>(params, rings, work, warpgroup - 1).run();
+  } else {
+    ptx::shrink_registers<kConfig.dq_registers()>();
+    DqWarpgroup<Config>(params, rings, work).run();
+  }
+}
+
+}  // namespace jax_fa3

@@ -1,0 +1,291 @@
+// A key warpgroup: dK and dV of 64 keys, in registers from the first query to the last.
+//
+// Scores are computed transposed, [64 keys, 64 queries], so that P^T and dS^T come out of the
+// tensor cores as the A operands of the next products:
+//
+//   S^T  = K Q^T      P^T  = exp2(S^T scale - lse)          dV += P^T dout
+//   dP^T = V dout^T   dS^T = P^T * (dP^T - delta)           dK += dS^T Q
+//
+// dS^T also goes to shared memory, from which the dQ warpgroup makes dQ = dS K.
+// FlashAttention-3, Algorithm 3; the warpgroup of its own for dQ is ours.
+#pragma once
+
+#include "cuda/bwd/work.cuh"
+#include "cuda/core/accumulator.cuh"
+#include "cuda/core/unpack.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace jax_fa3 {
+
+template <class Config>
+class KeyWarpgroup {
+  static constexpr BwdConfig kConfig = Config::value;
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kTileN = kConfig.tile_n();
+  static constexpr int kTileM = BwdConfig::kTileM;
+  static constexpr int kScores = kTileM / 2;  // accumulators a lane: 64 x kTileM over 128 lanes
+  static constexpr int kGrads = kHeadDim / 2;
+
+ public:
+  __device__ __forceinline__ KeyWarpgroup(const BwdParams& params, const BwdRings<Config>& rings,
+                                          const KeyWork& work, int warpgroup)
+      : params_(params), rings_(rings), work_(work), warpgroup_(warpgroup) {}
+
+  __device__ __forceinline__ void run() {
+    float dk[kGrads], dv[kGrads];
+#pragma unroll
+    for (int i = 0; i < kGrads; ++i) dk[i] = dv[i] = 0.0f;
+
+    const QuerySteps own = query_steps<kConfig.mask>(
+        first_key(), first_key() + 64, params_.seqlen_q, params_.seqlen_k, work_.diagonal, kTileM);
+    const int32_t unmasked_begin = __shfl_sync(0xffffffff, own.unmasked_begin, 0);
+
+    // No test for zero steps around the loop: gradients that come from two places meet in copies of
+    // registers, and wgmma is serialized for want of those.
+    ptx::mbarrier_wait(rings_.k_full, 0);
+    int32_t m = work_.steps.begin;
+#pragma unroll 1
+    for (int32_t left = params_.group * (work_.steps.end - m); left > 0; --left) {
+      step(m, m < unmasked_begin, dk, dv);
+      if (++m == work_.steps.end) m = work_.steps.begin;
+    }
+    store(dk, params_.scale, params_.dk);
+    store(dv, 1.0f, params_.dv);
+  }
+
+ private:
+  __device__ __forceinline__ void step(int32_t m, bool masked, float (&dk)[kGrads],
+                                       float (&dv)[kGrads]) {
+    uint32_t probs[kScores / 2], dscores[kScores / 2];
+    if constexpr (kConfig.one_product_at_a_time) {
+      float product[kScores];
+      scores_product(product);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(product);
+      if (masked) mask(m, product);
+      exponentiate(product);
+      pack_fragments<kConfig.dtype>(product, probs);
+      ptx::fence_registers(probs);
+      dprobs_product(product);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(product);
+      differentiate_rounded(probs, product, dscores);
+    } else {
+      float scores[kScores], dprobs[kScores];
+      scores_product(scores);
+      dprobs_product(dprobs);
+      ptx::wgmma_wait<1>();
+      ptx::fence_registers(scores);
+      if (masked) mask(m, scores);
+      exponentiate(scores);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(dprobs);
+      differentiate(scores, dprobs, probs, dscores);
+    }
+    hand_over(dscores);
+
+    ptx::fence_registers(dv);
+    ptx::fence_registers(dk);
+    ptx::fence_registers(probs);
+    ptx::fence_registers(dscores);
+    ptx::wgmma_fence();
+    issue_gradient(dv, probs, rings_.dout);
+    ptx::wgmma_fence();
+    issue_gradient(dk, dscores, rings_.q);
+    ptx::wgmma_wait<1>();
+    ptx::fence_registers(dv);
+    rings_.dout_ring.release(at_);
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(dk);
+    rings_.q_ring.release(at_);
+    at_.advance();
+  }
+
+  // S^T and dP^T, asynchronously.
+  __device__ __forceinline__ void scores_product(float (&product)[kScores]) {
+    rings_.q_ring.wait(at_);
+    ptx::wgmma_fence();
+    issue_transposed(product, rings_.k, rings_.q);
+  }
+  __device__ __forceinline__ void dprobs_product(float (&product)[kScores]) {
+    rings_.dout_ring.wait(at_);
+    ptx::mbarrier_wait(rings_.v_full, 0);
+    ptx::wgmma_fence();
+    issue_transposed(product, rings_.v, rings_.dout);
+  }
+
+  // The transposed product of the warpgroup's 64 rows of a key tile with the stage's queries (or
+  // dout), both K-major.
+  __device__ __forceinline__ void issue_transposed(float (&product)[kScores], uint32_t key_tile,
+                                                   uint32_t query_tiles) {
+    using Mma = ptx::Wgmma<kConfig.dtype, kTileM>;
+    const ptx::SmemOperand keys = ptx::k_major_operand(key_tile + warpgroup_ * 64 * 128);
+    const ptx::SmemOperand queries =
+        ptx::k_major_operand(query_tiles + at_.stage * kConfig.q_bytes());
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int chunk = step / 4, within = step % 4 * 32;
+      Mma::template ss<ptx::Major::kK, ptx::Major::kK>(
+          product, keys.descriptor(chunk * kTileN * 128 + within),
+          queries.descriptor(chunk * kTileM * 128 + within), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // gradient += fragments [64 keys, kTileM queries] times the stage's rows, queries contracted.
+  __device__ __forceinline__ void issue_gradient(float (&gradient)[kGrads],
+                                                 const uint32_t (&fragments)[kScores / 2],
+                                                 uint32_t query_tiles) {
+    using Mma = ptx::Wgmma<kConfig.dtype, kHeadDim>;
+    const ptx::SmemOperand rows =
+        ptx::mn_major_operand(query_tiles + at_.stage * kConfig.q_bytes(), kTileM * 128);
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) {
+      Mma::template rs<ptx::Major::kMN>(gradient, fragments[4 * step], fragments[4 * step + 1],
+                                        fragments[4 * step + 2], fragments[4 * step + 3],
+                                        rows.descriptor(step * 16 * 128), 1);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // A row of the lane is seen by queries from its first one on. (Worked out here, in the few steps
+  // that need it, because registers that are held through the others are what there is least of.)
+  __device__ __forceinline__ void mask(int32_t m, float (&scores)[kScores]) {
+    const int32_t key = first_key() + accumulator_row();
+    const int32_t column = m * kTileM + accumulator_column();
+    int32_t limit[2] = {
+        first_visible_query<kConfig.mask>(key, params_.seqlen_k, work_.diagonal) - column,
+        first_visible_query<kConfig.mask>(key + 8, params_.seqlen_k, work_.diagonal) - column};
+    // Without a causal mask a row is seen by all or by none. ptxas must not make a branch of that:
+    // it would diverge, and wgmma around it be serialized.
+    asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int column = i / 4 * 8 + i % 2;
+      if (column < limit[i / 2 % 2]) scores[i] = -INFINITY;
+    }
+  }
+
+  // A pair of the stage's lse or delta: those of the lane's columns 8 j and 8 j + 1.
+  static __device__ __forceinline__ float2 stats(uint32_t row, int j) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(pair.x), "=f"(pair.y)
+                 : "r"(row + 32 * j));
+    return pair;
+  }
+  __device__ __forceinline__ uint32_t stats_row(uint32_t rows) const {
+    return rows + at_.stage * BwdConfig::stats_bytes() + 4 * accumulator_column();
+  }
+
+  __device__ __forceinline__ void exponentiate(float (&scores)[kScores]) {
+    const uint32_t row = stats_row(rings_.lse_log2);
+#pragma unroll
+    for (int j = 0; j < kTileM / 8; ++j) {
+      const float2 lse = stats(row, j);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; i += 2) {
+        scores[i] = ptx::exp2_approx(__fmaf_rn(scores[i], params_.scale_log2, -lse.x));
+        scores[i + 1] = ptx::exp2_approx(__fmaf_rn(scores[i + 1], params_.scale_log2, -lse.y));
+      }
+    }
+  }
+
+  // P^T and dP^T -> P^T and dS^T, rounded. Both at once: registers of one pair of numbers become
+  // those of another, and that is all there are.
+  __device__ __forceinline__ void differentiate(const float (&scores)[kScores],
+                                                const float (&dprobs)[kScores],
+                                                uint32_t (&probs)[kScores / 2],
+                                                uint32_t (&dscores)[kScores / 2]) {
+    const uint32_t row = stats_row(rings_.delta);
+#pragma unroll
+    for (int j = 0; j < kTileM / 8; ++j) {
+      const float2 delta = stats(row, j);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; i += 2) {
+        probs[i / 2] = pack<kConfig.dtype>(scores[i], scores[i + 1]);
+        dscores[i / 2] = pack<kConfig.dtype>(scores[i] * (dprobs[i] - delta.x),
+                                             scores[i + 1] * (dprobs[i + 1] - delta.y));
+      }
+    }
+  }
+
+  // The same where P^T has been rounded already.
+  __device__ __forceinline__ void differentiate_rounded(const uint32_t (&probs)[kScores / 2],
+                                                        const float (&dprobs)[kScores],
+                                                        uint32_t (&dscores)[kScores / 2]) {
+    const uint32_t row = stats_row(rings_.delta);
+#pragma unroll
+    for (int j = 0; j < kTileM / 8; ++j) {
+      const float2 delta = stats(row, j);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; i += 2) {
+        const float2 p = unpack<kConfig.dtype>(probs[i / 2]);
+        dscores[i / 2] =
+            pack<kConfig.dtype>(p.x * (dprobs[i] - delta.x), p.y * (dprobs[i + 1] - delta.y));
+      }
+    }
+  }
+
+  // dS^T to shared memory, [key][query] in rows of 128 bytes, for the dQ warpgroup.
+  __device__ __forceinline__ void hand_over(const uint32_t (&dscores)[kScores / 2]) {
+    const uint32_t lane = ptx::lane_index();
+    const uint32_t warp = threadIdx.x % ptx::kWarpgroupSize / ptx::kWarpSize;
+    // Matrix lane / 8: rows 0-7 or 8-15 of the warp's 16, columns 16 step + 0-7 or 8-15.
+    const uint32_t row = warpgroup_ * 64 + warp * 16 + lane % 16;
+    const uint32_t tile = rings_.dscores + dscores_at_.stage * kConfig.dscores_bytes() + row * 128;
+    ptx::mbarrier_wait(rings_.dscores_ring.empty_barrier(dscores_at_.stage), dscores_at_.phase ^ 1);
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) {
+      const uint32_t chunk = 2 * step + lane / 16;  // of 16 bytes
+      ptx::stmatrix_x4(tile + ((chunk ^ (row & 7)) << 4), dscores[4 * step], dscores[4 * step + 1],
+                       dscores[4 * step + 2], dscores[4 * step + 3]);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(rings_.dscores_ring.full_barrier(dscores_at_.stage));
+    dscores_at_.advance();
+  }
+
+  // The lane's two rows of dK or dV, [batch, seqlen_k, heads_k, head_dim].
+  __device__ __forceinline__ void store(const float (&gradient)[kGrads], float scale,
+                                        void* tensor) {
+    const int32_t key = first_key() + accumulator_row();
+    const int quad_lane = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t token = static_cast<int64_t>(work_.batch) * params_.seqlen_k + key + 8 * r;
+      uint4* const row =
+          reinterpret_cast<uint4*>(static_cast<uint16_t*>(tensor) +
+                                   (token * params_.grid.heads_k + work_.head_k) * kHeadDim);
+#pragma unroll
+      for (int group = 0; group < kHeadDim / 32; ++group) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = (4 * group + i) * 4 + 2 * r;
+          words[i] = pack<kConfig.dtype>(gradient[at] * scale, gradient[at + 1] * scale);
+        }
+        quad_transpose(words);
+        if (key + 8 * r < params_.seqlen_k) {
+          row[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ int32_t first_key() const {
+    return work_.n_tile * kTileN + warpgroup_ * 64;
+  }
+
+  const BwdParams& params_;
+  const BwdRings<Config>& rings_;
+  const KeyWork& work_;
+  const int warpgroup_;
+  typename BwdRings<Config>::Position at_;
+  typename BwdRings<Config>::DscoresPosition dscores_at_;
+};
+
+}  // namespace jax_fa3

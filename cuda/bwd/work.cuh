@@ -1,0 +1,113 @@
+// What the roles of the backward kernel share: the shared memory, the rings in it, and which
+// queries a CTA's keys meet.
+#pragma once
+
+#include "cuda/bwd/config.h"
+#include "cuda/bwd/params.h"
+#include "cuda/core/mask.h"
+#include "cuda/core/pipeline.cuh"
+#include "cuda/ptx/warp.cuh"
+
+namespace jax_fa3 {
+
+// Tiles lie in chunks of 64 columns: [head_dim / 64][rows][64], rows of 128 bytes, 128-byte
+// swizzle. dscores is [keys][64 queries], the same rows.
+template <class Config>
+struct BwdSmem {
+  static constexpr BwdConfig kConfig = Config::value;
+
+  alignas(1024) uint8_t k[kConfig.kv_bytes()];
+  alignas(1024) uint8_t v[kConfig.kv_bytes()];
+  alignas(1024) uint8_t q[kConfig.stages][kConfig.q_bytes()];
+  alignas(1024) uint8_t dout[kConfig.stages][kConfig.q_bytes()];
+  alignas(1024) uint8_t dscores[kConfig.dscores_stages][kConfig.dscores_bytes()];
+  alignas(1024) uint8_t dq[BwdConfig::kDqBuffers][BwdConfig::dq_bytes()];
+  alignas(16) float lse_log2[kConfig.stages][BwdConfig::kTileM];
+  float delta[kConfig.stages][BwdConfig::kTileM];
+  uint64_t k_full, v_full;
+  uint64_t q_full[kConfig.stages], q_empty[kConfig.stages];
+  uint64_t dout_full[kConfig.stages], dout_empty[kConfig.stages];
+  uint64_t dscores_full[kConfig.dscores_stages], dscores_empty[kConfig.dscores_stages];
+};
+
+// The shared memory as the roles see it: addresses.
+template <class Config>
+struct BwdRings {
+  static constexpr BwdConfig kConfig = Config::value;
+  using Position = RingPosition<kConfig.stages>;
+  using DscoresPosition = RingPosition<kConfig.dscores_stages>;
+
+  uint32_t k, v, q, dout, dscores, dq, lse_log2, delta;
+  uint32_t k_full, v_full;
+  Ring<kConfig.stages> q_ring;     // a stage: queries and their lse
+  Ring<kConfig.stages> dout_ring;  // a stage: dout and its delta
+  Ring<kConfig.dscores_stages> dscores_ring;
+
+  __device__ __forceinline__ explicit BwdRings(BwdSmem<Config>& smem)
+      : k(ptx::shared_address(smem.k)),
+        v(ptx::shared_address(smem.v)),
+        q(ptx::shared_address(smem.q)),
+        dout(ptx::shared_address(smem.dout)),
+        dscores(ptx::shared_address(smem.dscores)),
+        dq(ptx::shared_address(smem.dq)),
+        lse_log2(ptx::shared_address(smem.lse_log2)),
+        delta(ptx::shared_address(smem.delta)),
+        k_full(ptx::shared_address(&smem.k_full)),
+        v_full(ptx::shared_address(&smem.v_full)),
+        q_ring{ptx::shared_address(smem.q_full), ptx::shared_address(smem.q_empty)},
+        dout_ring{ptx::shared_address(smem.dout_full), ptx::shared_address(smem.dout_empty)},
+        dscores_ring{ptx::shared_address(smem.dscores_full),
+                     ptx::shared_address(smem.dscores_empty)} {}
+};
+
+// A CTA's keys, and the steps over the queries of each head of their group.
+struct KeyWork {
+  int32_t n_tile, head_k, batch;
+  int32_t diagonal;
+  QuerySteps steps;
+};
+
+template <class Config>
+__device__ __forceinline__ KeyWork key_work(const BwdParams& params) {
+  constexpr BwdConfig kConfig = Config::value;
+  const KeyTileGrid& grid = params.grid;
+  uint32_t n_tile, pair;
+  if constexpr (kConfig.mask == MaskKind::kCausal) {
+    const uint32_t group_tiles = grid.pairs_in_flight * grid.n_tiles;
+    const uint32_t first_pair = blockIdx.x / group_tiles * grid.pairs_in_flight;
+    const uint32_t within = blockIdx.x % group_tiles;
+    const uint32_t pairs =
+        min(grid.tiles / grid.n_tiles - first_pair, static_cast<uint32_t>(grid.pairs_in_flight));
+    n_tile = within / pairs;
+    pair = first_pair + within % pairs;
+  } else {
+    n_tile = blockIdx.x % grid.n_tiles;
+    pair = blockIdx.x / grid.n_tiles;
+  }
+  KeyWork work;
+  work.n_tile = n_tile;
+  work.head_k = pair % grid.heads_k;
+  work.batch = pair / grid.heads_k;
+  work.diagonal = params.diagonal;
+  if constexpr (kConfig.mask == MaskKind::kCausal) {
+    if (params.query_offset != nullptr) work.diagonal = params.query_offset[work.batch];
+  }
+  const int32_t begin = work.n_tile * kConfig.tile_n();
+  work.steps = query_steps<kConfig.mask>(begin, begin + kConfig.tile_n(), params.seqlen_q,
+                                         params.seqlen_k, work.diagonal, BwdConfig::kTileM);
+  // Uniform, and the shuffle says so: a bound that ptxas takes for divergent serializes the loop.
+  work.steps.begin = __shfl_sync(0xffffffff, work.steps.begin, 0);
+  work.steps.end = __shfl_sync(0xffffffff, work.steps.end, 0);
+  return work;
+}
+
+// The rows of a step's lse, delta and dQ: step m of head `head` is rows [64 i, 64 i + 64) of what
+// the three kernels share, i being this.
+__device__ __forceinline__ int64_t step_index(const BwdParams& params, int32_t batch, int32_t head,
+                                              int32_t m) {
+  return (static_cast<int64_t>(batch) * params.heads_q + head) *
+             (params.padded_q / BwdConfig::kTileM) +
+         m;
+}
+
+}  // namespace jax_fa3
