@@ -426,6 +426,7 @@ def error_of(kind, call, *words) -> str:
 # ---------------------------------------------------------------------------------------------
 
 FWD_TARGET = "jax_fa3_fwd_v1"
+BWD_TARGET = "jax_fa3_bwd_v1"
 
 
 def cuda_text(f, *args) -> str:
@@ -469,3 +470,24 @@ def signature(line: str) -> tuple[list[str], list[str]]:
     operands, results = types.split("->")
     read = lambda part: re.findall(r"tensor<([^>]*)>", part)
     return read(operands), read(results)
+
+
+def attributes(line: str) -> dict[str, str]:
+    """A custom call's attributes, name to MLIR text."""
+    (config,) = re.findall(r"mhlo.backend_config = \{([^}]*)\}", line)
+    return dict(item.split(" = ", 1) for item in config.split(", "))
+
+
+def float_of(text: str) -> np.float32:
+    """The value of an f32 attribute's MLIR text."""
+    value, kind = text.split(" : ")
+    assert kind == "f32"
+    if value.startswith("0x"):
+        return np.frombuffer(bytes.fromhex(value[2:]), ">f4")[0]
+    return np.float32(value)
+
+
+def layouts(line: str) -> list[tuple[list[int], int]]:
+    """Of each operand, then of each result of a custom call: dims from minor to major, rank."""
+    found = re.findall(r"dense<(\[[\d, ]*\]|\d+)> : tensor<(\d+)xindex>", line)
+    return [([int(d) for d in re.findall(r"\d+", order)], int(rank)) for order, rank in found]

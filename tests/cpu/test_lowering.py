@@ -13,7 +13,17 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import cuda_text, kernel_calls, kernel_lines, normal, qkv, signature
+from helpers import (
+    attributes,
+    cuda_text,
+    float_of,
+    kernel_calls,
+    kernel_lines,
+    layouts,
+    normal,
+    qkv,
+    signature,
+)
 
 import jax_fa3
 
@@ -28,20 +38,6 @@ def call(args, **options):
     """The one kernel call of attend(*args, **options) lowered for CUDA, as text."""
     (line,) = kernel_lines(cuda_text(functools.partial(attend, **options), *args))
     return line
-
-
-def attributes(line):
-    """The call's attributes, name to MLIR text."""
-    (config,) = re.findall(r"mhlo.backend_config = \{([^}]*)\}", line)
-    return dict(item.split(" = ", 1) for item in config.split(", "))
-
-
-def float_of(text):
-    value, kind = text.split(" : ")
-    assert kind == "f32"
-    if value.startswith("0x"):
-        return np.frombuffer(bytes.fromhex(value[2:]), ">f4")[0]
-    return np.float32(value)
 
 
 # --- The call ----------------------------------------------------------------------------------
@@ -87,12 +83,10 @@ def test_any_number_of_batch_dimensions(batch):
 )
 def test_layouts_are_row_major(options):
     line = call(bf16(), **options)
-    layouts = re.findall(r"dense<(\[[\d, ]*\]|\d+)> : tensor<(\d+)xindex>", line)
     operands, results = signature(line)
-    assert len(layouts) == len(operands) + len(results)
-    for order, rank in layouts:
-        order = [int(d) for d in re.findall(r"\d+", order)]
-        assert order == list(reversed(range(int(rank))))
+    assert len(layouts(line)) == len(operands) + len(results)
+    for order, rank in layouts(line):
+        assert order == list(reversed(range(rank)))
 
 
 @pytest.mark.usefixtures("kernels")
