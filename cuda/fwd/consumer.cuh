@@ -69,7 +69,8 @@ class FwdConsumer {
       const Piece piece = work_piece<Config>(params_, schedule.index);
       if (piece.tile == Piece::kNone) continue;
       const TileWork work = piece_work<Config>(params_, piece);
-      if (!attend<kConfig.softmax>(work, uniform_blocks(work), work.end - work.begin, piece)) {
+      const int32_t work_end = uniform(work.end - work.begin);
+      if (!attend<kConfig.softmax>(work, uniform_blocks(work), work_end, piece)) {
         list_for_redo(piece.tile);
       }
     }
@@ -77,11 +78,10 @@ class FwdConsumer {
   }
 
  private:
-  // Uniform, and the shuffle says so: a bound that ptxas takes for divergent serializes the loop.
   __device__ __forceinline__ KeyBlocks uniform_blocks(const TileWork& work) const {
     const KeyBlocks blocks = warpgroup_blocks<Config>(params_, work, warpgroup_);
-    return {__shfl_sync(0xffffffff, blocks.end, 0), __shfl_sync(0xffffffff, blocks.unmasked_end, 0),
-            __shfl_sync(0xffffffff, blocks.first_row_unseen, 0) != 0};
+    return {uniform(blocks.end), uniform(blocks.unmasked_end),
+            uniform(blocks.first_row_unseen) != 0};
   }
 
   // The warpgroup's rows of a tile, or of a piece of one, of `work_end` blocks; `blocks` are the

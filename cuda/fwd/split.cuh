@@ -86,9 +86,7 @@ __device__ __forceinline__ bool join_pieces(const FwdParams& params, const Piece
     last = atomicAdd(params.arrivals + counter, 1u) == slots.end - slots.begin - 1;
   }
   last = ptx::named_barrier_any(vote, ptx::kWarpgroupSize, last);
-  // Uniform, and the shuffle says so: otherwise the rings' positions leave the uniform registers,
-  // which costs every key block 26 instructions.
-  if (!__shfl_sync(0xffffffff, last, 0)) return false;
+  if (uniform(last) == 0) return false;
   __threadfence();
 
   float reference[2] = {-INFINITY, -INFINITY};
