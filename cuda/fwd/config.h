@@ -26,6 +26,9 @@ struct FwdConfig {
   bool pingpong;            // warpgroups take turns at issuing matrix products
   Softmax softmax;
   Schedule schedule;
+  // A producer warpgroup issues the loads and leaves its registers to the others. Off in the
+  // ablation only: the consumers load for themselves (self_loading.cuh).
+  bool warp_specialized;
   bool split_tail;  // what does not fill a wave of CTAs is cut along the keys (split.h)
   // Measured with every multiprocessor busy: the time of one row and key, in per cent of the first
   // configuration of this head dim and mask. The plan weighs tiles of different sizes with it.
@@ -35,7 +38,7 @@ struct FwdConfig {
   static constexpr int kMaxSmemBytes = 227 * 1024;  // a CTA on sm_90, CUDA C++ guide, table 30
 
   constexpr int tile_m() const { return 64 * consumer_warpgroups; }
-  constexpr int threads() const { return 128 * (consumer_warpgroups + 1); }
+  constexpr int threads() const { return 128 * (consumer_warpgroups + warp_specialized); }
   constexpr int consumer_warps() const { return 4 * consumer_warpgroups; }
 
   constexpr int q_bytes() const { return 64 * head_dim * kElementBytes; }  // one warpgroup's
@@ -71,8 +74,10 @@ struct FwdConfig {
            (softmax != Softmax::kLazy || overlap) && tile_n % 16 == 0 && head_dim % 64 == 0 &&
            stages >= 2 &&
            (!split_tail || (mask == MaskKind::kFull && schedule == Schedule::kStatic)) &&
-           128 * (producer_registers() + consumer_warpgroups * consumer_registers()) <=
-               65536 / threads() / 8 * 8 * threads();
+           (warp_specialized
+                ? 128 * (producer_registers() + consumer_warpgroups * consumer_registers()) <=
+                      65536 / threads() / 8 * 8 * threads()
+                : schedule == Schedule::kStatic && softmax != Softmax::kLazy);
   }
 };
 
@@ -95,6 +100,7 @@ struct FwdHdim64Full {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic,
+                                   .warp_specialized = true,
                                    .split_tail = true};
 };
 template <DType kDType>
@@ -109,6 +115,7 @@ struct FwdHdim64Causal {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic,
+                                   .warp_specialized = true,
                                    .split_tail = false};
 };
 template <DType kDType>
@@ -123,6 +130,7 @@ struct FwdHdim128Full {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic,
+                                   .warp_specialized = true,
                                    .split_tail = true};
 };
 template <DType kDType>
@@ -137,6 +145,7 @@ struct FwdHdim128Causal {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic,
+                                   .warp_specialized = true,
                                    .split_tail = false};
 };
 // H200, microseconds a launch, beside the three warpgroups of FwdHdim128Full: 64 x 256 (batch x
@@ -155,6 +164,7 @@ struct FwdHdim128Full128Rows {
                                    .pingpong = true,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic,
+                                   .warp_specialized = true,
                                    .split_tail = true,
                                    .relative_cost = 104};
 };
@@ -174,6 +184,7 @@ struct FwdHdim128Causal128Rows {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic,
+                                   .warp_specialized = true,
                                    .split_tail = false,
                                    .relative_cost = 99};
 };
@@ -192,6 +203,7 @@ struct FwdHdim64Full128Rows {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic,
+                                   .warp_specialized = true,
                                    .split_tail = true,
                                    .relative_cost = 128};
 };
@@ -210,6 +222,7 @@ struct FwdHdim64Causal192Rows {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic,
+                                   .warp_specialized = true,
                                    .split_tail = false,
                                    .relative_cost = 105};
 };
@@ -228,6 +241,7 @@ struct FwdHdim256Full {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kStatic,
+                                   .warp_specialized = true,
                                    .split_tail = true};
 };
 template <DType kDType>
@@ -242,6 +256,7 @@ struct FwdHdim256Causal {
                                    .pingpong = false,
                                    .softmax = Softmax::kLazy,
                                    .schedule = Schedule::kDynamic,
+                                   .warp_specialized = true,
                                    .split_tail = false};
 };
 

@@ -14,6 +14,7 @@
 #include "cuda/core/mask.h"
 #include "cuda/core/softmax.cuh"
 #include "cuda/fwd/epilogue.cuh"
+#include "cuda/fwd/self_loading.cuh"
 #include "cuda/fwd/split.cuh"
 #include "cuda/fwd/work.cuh"
 #include "cuda/ptx/named_barrier.cuh"
@@ -60,7 +61,11 @@ class FwdConsumer {
  public:
   __device__ __forceinline__ FwdConsumer(const FwdParams& params, const FwdRings<Config>& rings,
                                          int warpgroup)
-      : params_(params), rings_(rings), warpgroup_(warpgroup), turns_(warpgroup) {}
+      : params_(params),
+        rings_(rings),
+        warpgroup_(warpgroup),
+        turns_(warpgroup),
+        loads_(params, rings, warpgroup) {}
 
   __device__ __forceinline__ void run() {
     for (FwdSchedule<Config> schedule(rings_.tile_queue);; schedule.step()) {
@@ -190,6 +195,7 @@ class FwdConsumer {
     ptx::wgmma_fence();
     issue_scores();
     turns_.pass();
+    loads_.load_block();
     ptx::wgmma_wait<0>();
     ptx::fence_registers(scores_);
     release_keys();
@@ -237,6 +243,7 @@ class FwdConsumer {
     ptx::wgmma_fence();
     issue_output(output);
     turns_.pass();
+    loads_.load_block();
 
     ptx::wgmma_wait<1>();
     ptx::fence_registers(scores_);
@@ -267,6 +274,7 @@ class FwdConsumer {
       ptx::wgmma_fence();
       issue_scores();
       turns_.pass();
+      loads_.load_block();
       ptx::wgmma_wait<0>();
       ptx::fence_registers(scores_);
       ptx::fence_registers(output);
@@ -346,6 +354,7 @@ class FwdConsumer {
   // The last scores are done: the producer may load the next tile's query under the last P V.
   __device__ __forceinline__ void release_query() {
     if (ptx::lane_index() == 0) ptx::mbarrier_arrive(rings_.q_empty + 8 * warpgroup_);
+    loads_.load_next_query();
   }
   // Both barriers must have been seen full before they are released.
   __device__ __forceinline__ void skip_block() {
@@ -353,6 +362,7 @@ class FwdConsumer {
     turns_.pass();
     rings_.k_ring.wait(k_at_);
     release_keys();
+    loads_.load_block();
     rings_.v_ring.wait(v_at_);
     release_values();
   }
@@ -361,6 +371,7 @@ class FwdConsumer {
   const FwdRings<Config>& rings_;
   const int warpgroup_;
   const Turns<Config> turns_;
+  FwdLoads<Config> loads_;
   typename FwdRings<Config>::Position k_at_, v_at_;
   uint32_t q_phase_ = 0;
   float scores_[kScores];

@@ -6,6 +6,8 @@
 //
 //   producer --q_full[w]--> consumer w      producer --k_full[s]--> all    --v_full[s]--> all
 //            <--q_empty[w]--                         <--k_empty[s]--       <--v_empty[s]--
+//
+// (Without warp specialisation, in the ablation, there is no producer: self_loading.cuh.)
 #pragma once
 
 #include "cuda/fwd/consumer.cuh"
@@ -41,7 +43,9 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
   __syncthreads();
 
   const int warpgroup = ptx::warpgroup_index();
-  if (warpgroup == 0) {
+  if constexpr (!kConfig.warp_specialized) {
+    FwdConsumer<Config>(params, rings, warpgroup).run();
+  } else if (warpgroup == 0) {
     ptx::shrink_registers<kConfig.producer_registers()>();
     if (ptx::warp_index() == 0 && ptx::elect_one()) produce<Config>(params, rings);
   } else {

@@ -210,7 +210,9 @@ std::string describe(const Problem& problem, const FwdPlan& plan) {
   std::ostringstream text;
   text << plan.named().name << ": " << c.tile_m() << " queries x " << c.tile_n << " keys, "
        << c.stages << " stages, " << c.consumer_warpgroups << " consumer warpgroups ("
-       << c.consumer_registers() << " registers)" << (c.overlap ? ", overlap" : "")
+       << (c.warp_specialized ? std::to_string(c.consumer_registers()) + " registers"
+                              : "loading for themselves")
+       << ")" << (c.overlap ? ", overlap" : "")
        << (c.pingpong ? ", pingpong" : "")
        << (c.softmax == Softmax::kLazy          ? ", lazy reference"
            : c.softmax == Softmax::kConditional ? ", conditional rescale"

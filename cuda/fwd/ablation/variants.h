@@ -45,6 +45,12 @@ constexpr void set_in_order(FwdConfig& c) {
   };                                                    \
   static_assert(name::value.fits(), #name ": does not fit a multiprocessor");
 
+// No producer; without one nobody draws tiles from a counter either.
+constexpr void set_unspecialised(FwdConfig& c) {
+  c.warp_specialized = false;
+  c.schedule = Schedule::kStatic;
+}
+
 // The paper's table 2. The fifth, without warp specialisation, is Fa3Hdim128FullUnspecialised and
 // Fa3Hdim128CausalUnspecialised.
 JAX_FA3_VARIANT(Fa3Hdim128Full, FwdBf16Hdim128Full, set_flash_attention_3(c, true, true))
@@ -58,6 +64,10 @@ JAX_FA3_VARIANT(Fa3Hdim128CausalPingpong, FwdBf16Hdim128Causal,
                 set_flash_attention_3(c, false, true))
 JAX_FA3_VARIANT(Fa3Hdim128CausalNeither, FwdBf16Hdim128Causal,
                 set_flash_attention_3(c, false, false))
+JAX_FA3_VARIANT(Fa3Hdim128FullUnspecialised, FwdBf16Hdim128Full,
+                set_flash_attention_3(c, true, true), set_unspecialised(c))
+JAX_FA3_VARIANT(Fa3Hdim128CausalUnspecialised, FwdBf16Hdim128Causal,
+                set_flash_attention_3(c, true, true), set_unspecialised(c))
 
 #define JAX_FA3_FWD_VARIANTS_FA3(X) \
   X(Fa3Hdim128Full)                 \
@@ -67,7 +77,9 @@ JAX_FA3_VARIANT(Fa3Hdim128CausalNeither, FwdBf16Hdim128Causal,
   X(Fa3Hdim128Causal)               \
   X(Fa3Hdim128CausalOverlap)        \
   X(Fa3Hdim128CausalPingpong)       \
-  X(Fa3Hdim128CausalNeither)
+  X(Fa3Hdim128CausalNeither)        \
+  X(Fa3Hdim128FullUnspecialised)    \
+  X(Fa3Hdim128CausalUnspecialised)
 
 // Ours, head dim 128.
 JAX_FA3_VARIANT(Hdim128Full2w128s3, FwdBf16Hdim128Full, set_tile(c, 2, 128, 3))
