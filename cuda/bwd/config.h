@@ -9,6 +9,14 @@
 
 namespace jax_fa3 {
 
+// In which order a key warpgroup does a step.
+//   kTakeTurns   S, then P, then dP in the same accumulators, then dS from the rounded P, then dV
+//   and
+//                dK: where registers do not hold S and dP beside dK and dV
+//   kPrefetch    the next step's S and dP are computed behind this step's dV and dK, so that its
+//                P needs no wait
+enum class BwdOrder { kTakeTurns, kPrefetch };
+
 struct BwdConfig {
   DType dtype;
   int head_dim;  // of query, key and value
@@ -16,9 +24,7 @@ struct BwdConfig {
   int key_warpgroups;  // 64 keys each
   int stages;          // depth of the query ring and of the dout ring
   int dscores_stages;  // depth of the ring of dS tiles between the key warpgroups and dQ's
-  // Scores and their derivative take turns in the same accumulators, where registers do not hold
-  // both beside dK and dV; then dS is made from the rounded P.
-  bool one_product_at_a_time;
+  BwdOrder order;
 
   static constexpr int kElementBytes = 2;
   static constexpr int kTileM = 64;                 // queries a step
@@ -28,33 +34,32 @@ struct BwdConfig {
 
   constexpr int tile_n() const { return 64 * key_warpgroups; }
   constexpr int key_warps() const { return 4 * key_warpgroups; }
-  // The producer's, the key warpgroups, dQ's.
-  constexpr int threads() const { return 128 * (key_warpgroups + 2); }
+  // The key warpgroups, and the one that loads and makes dQ.
+  constexpr int threads() const { return 128 * (key_warpgroups + 1); }
 
   constexpr int kv_bytes() const { return tile_n() * head_dim * kElementBytes; }
   constexpr int q_bytes() const { return kTileM * head_dim * kElementBytes; }
   static constexpr int stats_bytes() { return kTileM * 4; }
-  constexpr int dscores_bytes() const { return tile_n() * kTileM * kElementBytes; }
   static constexpr int dq_bytes() { return kTileM * kDqColumns * 4; }
-  // Tiles, rows of lse and delta, then barriers: key and value; full and empty of each stage;
-  // rounded up to its alignment. launch.cuh asserts that it is sizeof(BwdSmem).
+  constexpr int dscores_bytes() const { return tile_n() * kTileM * kElementBytes; }
+  // Tiles, rows of lse and delta, then barriers: key and value; full of each stage, full and empty
+  // of dS; rounded up to its alignment. launch.cuh asserts that it is sizeof(BwdSmem).
   constexpr int smem_bytes() const {
     const int tiles = 2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes() +
                       kDqBuffers * dq_bytes();
-    const int barriers = 8 * (2 + 4 * stages + 2 * dscores_stages);
+    const int barriers = 8 * (2 + 2 * stages + 2 * dscores_stages);
     return (tiles + stages * 2 * stats_bytes() + barriers + 1023) / 1024 * 1024;
   }
 
   // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at
   // launch, threads() times the cap that __launch_bounds__ implies.
-  static constexpr int producer_registers() { return 24; }
-  constexpr int dq_registers() const { return key_warpgroups == 2 ? 64 : 48; }
-  constexpr int key_registers() const { return key_warpgroups == 2 ? 208 : 136; }
+  constexpr int dq_registers() const { return 72; }
+  constexpr int key_registers() const { return 216; }
 
   constexpr bool fits() const {
     return smem_bytes() <= kMaxSmemBytes && head_dim % 64 == 0 && stages >= 2 &&
            dscores_stages >= 1 &&
-           128 * (producer_registers() + dq_registers() + key_warpgroups * key_registers()) <=
+           128 * (dq_registers() + key_warpgroups * key_registers()) <=
                65536 / threads() / 8 * 8 * threads();
   }
 };
@@ -67,7 +72,7 @@ struct BwdHdim64 {
                                    .key_warpgroups = 2,
                                    .stages = 4,
                                    .dscores_stages = 2,
-                                   .one_product_at_a_time = false};
+                                   .order = BwdOrder::kPrefetch};
 };
 template <DType kDType, MaskKind kMask>
 struct BwdHdim128 {
@@ -75,9 +80,9 @@ struct BwdHdim128 {
                                    .head_dim = 128,
                                    .mask = kMask,
                                    .key_warpgroups = 2,
-                                   .stages = 2,
+                                   .stages = 3,
                                    .dscores_stages = 2,
-                                   .one_product_at_a_time = true};
+                                   .order = BwdOrder::kTakeTurns};
 };
 
 // The names a profiler prints.

@@ -6,6 +6,7 @@
 // convert_dq.cuh reads it the same way.
 #pragma once
 
+#include "cuda/bwd/loader.cuh"
 #include "cuda/bwd/work.cuh"
 #include "cuda/core/accumulator.cuh"
 #include "cuda/ptx/named_barrier.cuh"
@@ -29,6 +30,9 @@ class DqWarpgroup {
   __device__ __forceinline__ void run() {
     const bool leader = threadIdx.x % ptx::kWarpgroupSize == 0;
     const int32_t steps = work_.steps.end - work_.steps.begin;
+    Loader<Config> loader(params_, rings_, work_);
+    if (leader) loader.begin();
+    __syncwarp();
     if (steps == 0) return;
     ptx::mbarrier_wait(rings_.k_full, 0);
     // The steps of one head lie next to each other, its siblings' a whole head away.
@@ -42,6 +46,8 @@ class DqWarpgroup {
 #pragma unroll 1
     for (int32_t left = params_.group * steps; left > 0; --left) {
       rings_.dscores_ring.wait(at_);
+      if (leader && left != params_.group * steps) loader.load_step();
+      __syncwarp();
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         ptx::wgmma_fence();

@@ -13,7 +13,6 @@
 
 #include "cuda/bwd/dq.cuh"
 #include "cuda/bwd/keys.cuh"
-#include "cuda/bwd/producer.cuh"
 #include "cuda/bwd/work.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warp.cuh"
@@ -34,8 +33,10 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
     ptx::tma_prefetch_map(params.dout_map);
     ptx::mbarrier_init(rings.k_full, 1);
     ptx::mbarrier_init(rings.v_full, 1);
-    rings.q_ring.init(kConfig.key_warps());
-    rings.dout_ring.init(kConfig.key_warps());
+    for (int stage = 0; stage < kConfig.stages; ++stage) {
+      ptx::mbarrier_init(rings.q_full + 8 * stage, 1);
+      ptx::mbarrier_init(rings.dout_full + 8 * stage, 1);
+    }
     for (int stage = 0; stage < kConfig.dscores_stages; ++stage) {
       ptx::mbarrier_init(rings.dscores_ring.full_barrier(stage), kConfig.key_warps());
       ptx::mbarrier_init(rings.dscores_ring.empty_barrier(stage), 4);  // dQ's warps
@@ -46,12 +47,9 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
 
   const KeyWork work = key_work<Config>(params);
   const int warpgroup = ptx::warpgroup_index();
-  if (warpgroup == 0) {
-    ptx::shrink_registers<BwdConfig::producer_registers()>();
-    if (ptx::warp_index() == 0 && ptx::elect_one()) produce<Config>(params, rings, work);
-  } else if (warpgroup <= kConfig.key_warpgroups) {
+  if (warpgroup < kConfig.key_warpgroups) {
     ptx::grow_registers<kConfig.key_registers()>();
-    KeyWarpgroup<Config>(params, rings, work, warpgroup - 1).run();
+    KeyWarpgroup<Config>(params, rings, work, warpgroup).run();
   } else {
     ptx::shrink_registers<kConfig.dq_registers()>();
     DqWarpgroup<Config>(params, rings, work).run();

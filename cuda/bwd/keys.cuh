@@ -31,7 +31,18 @@ class KeyWarpgroup {
  public:
   __device__ __forceinline__ KeyWarpgroup(const BwdParams& params, const BwdRings<Config>& rings,
                                           const KeyWork& work, int warpgroup)
-      : params_(params), rings_(rings), work_(work), warpgroup_(warpgroup) {}
+      : params_(params), rings_(rings), work_(work), warpgroup_(warpgroup) {
+    stats_lane_ = 4 * accumulator_column();
+    // Matrix lane / 8 of a stmatrix: rows 0-7 or 8-15 of the warp's 16, columns 0-7 or 8-15.
+    const uint32_t lane = ptx::lane_index();
+    const uint32_t row =
+        warpgroup * 64 + threadIdx.x % ptx::kWarpgroupSize / ptx::kWarpSize * 16 + lane % 16;
+    dscores_lane_ = row * 128 + ((lane / 16 ^ row & 7) << 4);
+    // Opaque, or ptxas works them out anew in every step, beginning with a slow look at the
+    // thread's index.
+    leader_ = lane == 0;
+    asm volatile("" : "+r"(stats_lane_), "+r"(dscores_lane_), "+r"(leader_));
+  }
 
   __device__ __forceinline__ void run() {
     float dk[kGrads], dv[kGrads];
@@ -40,90 +51,161 @@ class KeyWarpgroup {
 
     const QuerySteps own = query_steps<kConfig.mask>(
         first_key(), first_key() + 64, params_.seqlen_q, params_.seqlen_k, work_.diagonal, kTileM);
-    const int32_t unmasked_begin = __shfl_sync(0xffffffff, own.unmasked_begin, 0);
+    const int32_t unmasked_begin = ptx::uniform(own.unmasked_begin);
 
-    // No test for zero steps around the loop: gradients that come from two places meet in copies of
-    // registers, and wgmma is serialized for want of those.
     ptx::mbarrier_wait(rings_.k_full, 0);
-    int32_t m = work_.steps.begin;
-#pragma unroll 1
-    for (int32_t left = params_.group * (work_.steps.end - m); left > 0; --left) {
-      step(m, m < unmasked_begin, dk, dv);
-      if (++m == work_.steps.end) m = work_.steps.begin;
+    const int32_t total = params_.group * (work_.steps.end - work_.steps.begin);
+    if constexpr (kConfig.order == BwdOrder::kPrefetch) {
+      prefetch_steps(total, unmasked_begin, dk, dv);
+    } else {
+      take_turns(total, unmasked_begin, dk, dv);
     }
     store(dk, params_.scale, params_.dk);
     store(dv, 1.0f, params_.dv);
   }
 
  private:
-  __device__ __forceinline__ void step(int32_t m, bool masked, float (&dk)[kGrads],
-                                       float (&dv)[kGrads]) {
-    uint32_t probs[kScores / 2], dscores[kScores / 2];
-    if constexpr (kConfig.one_product_at_a_time) {
-      float product[kScores];
-      scores_product(product);
-      ptx::wgmma_wait<0>();
-      ptx::fence_registers(product);
-      if (masked) mask(m, product);
-      exponentiate(product);
+  // No test for zero steps around the loops: gradients that come from two places meet in copies of
+  // registers, and wgmma is serialized for want of those.
+  __device__ __forceinline__ void take_turns(int32_t total, int32_t unmasked_begin,
+                                             float (&dk)[kGrads], float (&dv)[kGrads]) {
+    float product[kScores];
+    int32_t m = work_.steps.begin;
+    ptx::mbarrier_wait(rings_.v_full, 0);
+    if (total > 0) wait(rings_.q_full, at_);
+    ptx::wgmma_fence();
+    issue_transposed(product, rings_.k, rings_.q, at_.stage);
+    Stats lse = load_stats(rings_.lse_log2, at_.stage);
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(product);
+
+#pragma unroll 1
+    for (int32_t left = total; left > 0; --left) {
+      uint32_t probs[kScores / 2], dscores[kScores / 2];
+      if (m < unmasked_begin) mask(m, product);
+      exponentiate(product, lse);
       pack_fragments<kConfig.dtype>(product, probs);
       ptx::fence_registers(probs);
-      dprobs_product(product);
+
+      wait(rings_.dout_full, at_);
+      ptx::wgmma_fence();
+      issue_transposed(product, rings_.v, rings_.dout, at_.stage);
+#ifdef EXP_DELTA_EARLY
+      const Stats delta = load_stats(rings_.delta, at_.stage);
+#endif
       ptx::wgmma_wait<0>();
       ptx::fence_registers(product);
-      differentiate_rounded(probs, product, dscores);
-    } else {
-      float scores[kScores], dprobs[kScores];
-      scores_product(scores);
-      dprobs_product(dprobs);
-      ptx::wgmma_wait<1>();
+#ifndef EXP_DELTA_EARLY
+      const Stats delta = load_stats(rings_.delta, at_.stage);
+#endif
+      differentiate_rounded(probs, product, delta, dscores);
+      hand_over(dscores);
+
+      fence_gradients(dk, dv, probs, dscores);
+      issue_gradient(dv, probs, rings_.dout);
+      auto next = at_;
+      if (left > 1) {
+        next.advance();
+        if (++m == work_.steps.end) m = work_.steps.begin;
+        wait(rings_.q_full, next);
+      }
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(dv);
+
+      ptx::fence_registers(dk);
+      ptx::fence_registers(dscores);
+      ptx::fence_registers(product);
+      ptx::wgmma_fence();
+      issue_gradient(dk, dscores, rings_.q);
+      issue_transposed(product, rings_.k, rings_.q, next.stage);
+      lse = load_stats(rings_.lse_log2, next.stage);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(dk);
+      ptx::fence_registers(product);
+      at_ = next;
+    }
+  }
+
+  // Each turn of the loop begins with the step's P^T (unrounded, in scores) and dP^T.
+  __device__ __forceinline__ void prefetch_steps(int32_t total, int32_t unmasked_begin,
+                                                 float (&dk)[kGrads], float (&dv)[kGrads]) {
+    float scores[kScores], dprobs[kScores];
+    int32_t m = work_.steps.begin;
+    ptx::mbarrier_wait(rings_.v_full, 0);
+    if (total > 0) {
+      wait(rings_.q_full, at_);
+      wait(rings_.dout_full, at_);
+    }
+    ptx::wgmma_fence();
+    issue_transposed(scores, rings_.k, rings_.q, at_.stage);
+    issue_transposed(dprobs, rings_.v, rings_.dout, at_.stage);
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(scores);
+    ptx::fence_registers(dprobs);
+    if (m < unmasked_begin) mask(m, scores);
+    exponentiate(scores, load_stats(rings_.lse_log2, at_.stage));
+    Stats delta = load_stats(rings_.delta, at_.stage);
+
+#pragma unroll 1
+    for (int32_t left = total; left > 0; --left) {
+      uint32_t probs[kScores / 2], dscores[kScores / 2];
+      differentiate(scores, dprobs, delta, probs, dscores);
+      hand_over(dscores);
+
+      // Behind the last step its own tiles are multiplied once more, and the result unused: a
+      // product that is sometimes there and sometimes not, ptxas serializes.
+      auto next = at_;
+      if (left > 1) {
+        next.advance();
+        if (++m == work_.steps.end) m = work_.steps.begin;
+        wait(rings_.q_full, next);
+        wait(rings_.dout_full, next);
+      }
+      fence_gradients(dk, dv, probs, dscores);
+      issue_gradient(dv, probs, rings_.dout);
+      issue_gradient(dk, dscores, rings_.q);
       ptx::fence_registers(scores);
-      if (masked) mask(m, scores);
-      exponentiate(scores);
+      ptx::fence_registers(dprobs);
+      ptx::wgmma_fence();
+      issue_transposed(scores, rings_.k, rings_.q, next.stage);
+      issue_transposed(dprobs, rings_.v, rings_.dout, next.stage);
+      const Stats lse = load_stats(rings_.lse_log2, next.stage);
+      ptx::wgmma_wait<1>();
+      ptx::fence_registers(dv);
+      ptx::fence_registers(dk);
+      ptx::fence_registers(scores);
+      at_ = next;
+      if (m < unmasked_begin) mask(m, scores);
+      exponentiate(scores, lse);
+      delta = load_stats(rings_.delta, at_.stage);
       ptx::wgmma_wait<0>();
       ptx::fence_registers(dprobs);
-      differentiate(scores, dprobs, probs, dscores);
     }
-    hand_over(dscores);
+  }
 
+  __device__ __forceinline__ void fence_gradients(float (&dk)[kGrads], float (&dv)[kGrads],
+                                                  uint32_t (&probs)[kScores / 2],
+                                                  uint32_t (&dscores)[kScores / 2]) {
     ptx::fence_registers(dv);
     ptx::fence_registers(dk);
     ptx::fence_registers(probs);
     ptx::fence_registers(dscores);
     ptx::wgmma_fence();
-    issue_gradient(dv, probs, rings_.dout);
-    ptx::wgmma_fence();
-    issue_gradient(dk, dscores, rings_.q);
-    ptx::wgmma_wait<1>();
-    ptx::fence_registers(dv);
-    rings_.dout_ring.release(at_);
-    ptx::wgmma_wait<0>();
-    ptx::fence_registers(dk);
-    rings_.q_ring.release(at_);
-    at_.advance();
   }
 
-  // S^T and dP^T, asynchronously.
-  __device__ __forceinline__ void scores_product(float (&product)[kScores]) {
-    rings_.q_ring.wait(at_);
-    ptx::wgmma_fence();
-    issue_transposed(product, rings_.k, rings_.q);
-  }
-  __device__ __forceinline__ void dprobs_product(float (&product)[kScores]) {
-    rings_.dout_ring.wait(at_);
-    ptx::mbarrier_wait(rings_.v_full, 0);
-    ptx::wgmma_fence();
-    issue_transposed(product, rings_.v, rings_.dout);
+  // Waits for a stage's tiles.
+  __device__ __forceinline__ void wait(uint32_t full,
+                                       const typename BwdRings<Config>::Position& at) const {
+    ptx::mbarrier_wait(full + 8 * at.stage, at.phase);
   }
 
   // The transposed product of the warpgroup's 64 rows of a key tile with the stage's queries (or
   // dout), both K-major.
   __device__ __forceinline__ void issue_transposed(float (&product)[kScores], uint32_t key_tile,
-                                                   uint32_t query_tiles) {
+                                                   uint32_t query_tiles, int stage) {
     using Mma = ptx::Wgmma<kConfig.dtype, kTileM>;
     const ptx::SmemOperand keys = ptx::k_major_operand(key_tile + warpgroup_ * 64 * 128);
-    const ptx::SmemOperand queries =
-        ptx::k_major_operand(query_tiles + at_.stage * kConfig.q_bytes());
+    const ptx::SmemOperand queries = ptx::k_major_operand(query_tiles + stage * kConfig.q_bytes());
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       const int chunk = step / 4, within = step % 4 * 32;
@@ -168,23 +250,27 @@ class KeyWarpgroup {
     }
   }
 
-  // A pair of the stage's lse or delta: those of the lane's columns 8 j and 8 j + 1.
-  static __device__ __forceinline__ float2 stats(uint32_t row, int j) {
-    float2 pair;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(pair.x), "=f"(pair.y)
-                 : "r"(row + 32 * j));
-    return pair;
-  }
-  __device__ __forceinline__ uint32_t stats_row(uint32_t rows) const {
-    return rows + at_.stage * BwdConfig::stats_bytes() + 4 * accumulator_column();
-  }
-
-  __device__ __forceinline__ void exponentiate(float (&scores)[kScores]) {
-    const uint32_t row = stats_row(rings_.lse_log2);
+  // A stage's lse or delta at the lane's columns 8 j and 8 j + 1. To be loaded before a wait for
+  // the tensor cores, not behind it: while they read shared memory, these take hundreds of cycles.
+  struct Stats {
+    float2 pairs[kTileM / 8];
+  };
+  __device__ __forceinline__ Stats load_stats(uint32_t rows, int stage) const {
+    const uint32_t row = rows + stage * BwdConfig::stats_bytes() + stats_lane_;
+    Stats stats;
 #pragma unroll
     for (int j = 0; j < kTileM / 8; ++j) {
-      const float2 lse = stats(row, j);
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(stats.pairs[j].x), "=f"(stats.pairs[j].y)
+                   : "r"(row + 32 * j));
+    }
+    return stats;
+  }
+
+  __device__ __forceinline__ void exponentiate(float (&scores)[kScores], const Stats& stats) {
+#pragma unroll
+    for (int j = 0; j < kTileM / 8; ++j) {
+      const float2 lse = stats.pairs[j];
 #pragma unroll
       for (int i = 4 * j; i < 4 * j + 4; i += 2) {
         scores[i] = ptx::exp2_approx(__fmaf_rn(scores[i], params_.scale_log2, -lse.x));
@@ -196,13 +282,12 @@ class KeyWarpgroup {
   // P^T and dP^T -> P^T and dS^T, rounded. Both at once: registers of one pair of numbers become
   // those of another, and that is all there are.
   __device__ __forceinline__ void differentiate(const float (&scores)[kScores],
-                                                const float (&dprobs)[kScores],
+                                                const float (&dprobs)[kScores], const Stats& stats,
                                                 uint32_t (&probs)[kScores / 2],
                                                 uint32_t (&dscores)[kScores / 2]) {
-    const uint32_t row = stats_row(rings_.delta);
 #pragma unroll
     for (int j = 0; j < kTileM / 8; ++j) {
-      const float2 delta = stats(row, j);
+      const float2 delta = stats.pairs[j];
 #pragma unroll
       for (int i = 4 * j; i < 4 * j + 4; i += 2) {
         probs[i / 2] = pack<kConfig.dtype>(scores[i], scores[i + 1]);
@@ -215,11 +300,11 @@ class KeyWarpgroup {
   // The same where P^T has been rounded already.
   __device__ __forceinline__ void differentiate_rounded(const uint32_t (&probs)[kScores / 2],
                                                         const float (&dprobs)[kScores],
+                                                        const Stats& stats,
                                                         uint32_t (&dscores)[kScores / 2]) {
-    const uint32_t row = stats_row(rings_.delta);
 #pragma unroll
     for (int j = 0; j < kTileM / 8; ++j) {
-      const float2 delta = stats(row, j);
+      const float2 delta = stats.pairs[j];
 #pragma unroll
       for (int i = 4 * j; i < 4 * j + 4; i += 2) {
         const float2 p = unpack<kConfig.dtype>(probs[i / 2]);
@@ -231,21 +316,16 @@ class KeyWarpgroup {
 
   // dS^T to shared memory, [key][query] in rows of 128 bytes, for the dQ warpgroup.
   __device__ __forceinline__ void hand_over(const uint32_t (&dscores)[kScores / 2]) {
-    const uint32_t lane = ptx::lane_index();
-    const uint32_t warp = threadIdx.x % ptx::kWarpgroupSize / ptx::kWarpSize;
-    // Matrix lane / 8: rows 0-7 or 8-15 of the warp's 16, columns 16 step + 0-7 or 8-15.
-    const uint32_t row = warpgroup_ * 64 + warp * 16 + lane % 16;
-    const uint32_t tile = rings_.dscores + dscores_at_.stage * kConfig.dscores_bytes() + row * 128;
+    const uint32_t tile = rings_.dscores + dscores_at_.stage * kConfig.dscores_bytes();
     ptx::mbarrier_wait(rings_.dscores_ring.empty_barrier(dscores_at_.stage), dscores_at_.phase ^ 1);
 #pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) {
-      const uint32_t chunk = 2 * step + lane / 16;  // of 16 bytes
-      ptx::stmatrix_x4(tile + ((chunk ^ (row & 7)) << 4), dscores[4 * step], dscores[4 * step + 1],
+    for (int step = 0; step < kTileM / 16; ++step) {  // 16 columns are 32 bytes, swizzled
+      ptx::stmatrix_x4(tile + (dscores_lane_ ^ step << 5), dscores[4 * step], dscores[4 * step + 1],
                        dscores[4 * step + 2], dscores[4 * step + 3]);
     }
     ptx::fence_proxy_async();
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(rings_.dscores_ring.full_barrier(dscores_at_.stage));
+    if (leader_) ptx::mbarrier_arrive(rings_.dscores_ring.full_barrier(dscores_at_.stage));
     dscores_at_.advance();
   }
 
@@ -284,6 +364,10 @@ class KeyWarpgroup {
   const BwdRings<Config>& rings_;
   const KeyWork& work_;
   const int warpgroup_;
+  uint32_t leader_;      // of the warp: arrives at barriers
+  uint32_t stats_lane_;  // byte offset of the lane's columns in a row of lse or delta
+  uint32_t
+      dscores_lane_;  // byte offset of the lane's row in a dS tile, and its first 16 bytes there
   typename BwdRings<Config>::Position at_;
   typename BwdRings<Config>::DscoresPosition dscores_at_;
 };

@@ -25,8 +25,7 @@ struct BwdSmem {
   alignas(16) float lse_log2[kConfig.stages][BwdConfig::kTileM];
   float delta[kConfig.stages][BwdConfig::kTileM];
   uint64_t k_full, v_full;
-  uint64_t q_full[kConfig.stages], q_empty[kConfig.stages];
-  uint64_t dout_full[kConfig.stages], dout_empty[kConfig.stages];
+  uint64_t q_full[kConfig.stages], dout_full[kConfig.stages];
   uint64_t dscores_full[kConfig.dscores_stages], dscores_empty[kConfig.dscores_stages];
 };
 
@@ -39,8 +38,7 @@ struct BwdRings {
 
   uint32_t k, v, q, dout, dscores, dq, lse_log2, delta;
   uint32_t k_full, v_full;
-  Ring<kConfig.stages> q_ring;     // a stage: queries and their lse
-  Ring<kConfig.stages> dout_ring;  // a stage: dout and its delta
+  uint32_t q_full, dout_full;  // kConfig.stages each: queries and their lse, dout and its delta
   Ring<kConfig.dscores_stages> dscores_ring;
 
   __device__ __forceinline__ explicit BwdRings(BwdSmem<Config>& smem)
@@ -54,8 +52,8 @@ struct BwdRings {
         delta(ptx::shared_address(smem.delta)),
         k_full(ptx::shared_address(&smem.k_full)),
         v_full(ptx::shared_address(&smem.v_full)),
-        q_ring{ptx::shared_address(smem.q_full), ptx::shared_address(smem.q_empty)},
-        dout_ring{ptx::shared_address(smem.dout_full), ptx::shared_address(smem.dout_empty)},
+        q_full(ptx::shared_address(smem.q_full)),
+        dout_full(ptx::shared_address(smem.dout_full)),
         dscores_ring{ptx::shared_address(smem.dscores_full),
                      ptx::shared_address(smem.dscores_empty)} {}
 };
@@ -95,9 +93,8 @@ __device__ __forceinline__ KeyWork key_work(const BwdParams& params) {
   const int32_t begin = work.n_tile * kConfig.tile_n();
   work.steps = query_steps<kConfig.mask>(begin, begin + kConfig.tile_n(), params.seqlen_q,
                                          params.seqlen_k, work.diagonal, BwdConfig::kTileM);
-  // Uniform, and the shuffle says so: a bound that ptxas takes for divergent serializes the loop.
-  work.steps.begin = __shfl_sync(0xffffffff, work.steps.begin, 0);
-  work.steps.end = __shfl_sync(0xffffffff, work.steps.end, 0);
+  work.steps.begin = ptx::uniform(work.steps.begin);
+  work.steps.end = ptx::uniform(work.steps.end);
   return work;
 }
 

@@ -74,7 +74,7 @@ class FwdConsumer {
       const Piece piece = work_piece<Config>(params_, schedule.index);
       if (piece.tile == Piece::kNone) continue;
       const TileWork work = piece_work<Config>(params_, piece);
-      const int32_t work_end = uniform(work.end - work.begin);
+      const int32_t work_end = ptx::uniform(work.end - work.begin);
       if (!attend<kConfig.softmax>(work, uniform_blocks(work), work_end, piece)) {
         list_for_redo(piece.tile);
       }
@@ -85,8 +85,8 @@ class FwdConsumer {
  private:
   __device__ __forceinline__ KeyBlocks uniform_blocks(const TileWork& work) const {
     const KeyBlocks blocks = warpgroup_blocks<Config>(params_, work, warpgroup_);
-    return {uniform(blocks.end), uniform(blocks.unmasked_end),
-            uniform(blocks.first_row_unseen) != 0};
+    return {ptx::uniform(blocks.end), ptx::uniform(blocks.unmasked_end),
+            ptx::uniform(blocks.first_row_unseen) != 0};
   }
 
   // The warpgroup's rows of a tile, or of a piece of one, of `work_end` blocks; `blocks` are the

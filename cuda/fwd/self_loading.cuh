@@ -43,7 +43,7 @@ struct WorkCursor {
     find(params);
   }
   __device__ __forceinline__ void next_block(const FwdParams& params) {
-    if (uniform(--block < work.begin)) next_work(params);
+    if (ptx::uniform(--block < work.begin)) next_work(params);
   }
 
  private:
@@ -55,7 +55,7 @@ struct WorkCursor {
       if (piece.tile == Piece::kNone) continue;
       work = piece_work<Config>(params, piece);
       block = work.end - 1;
-      if (uniform(work.end <= work.begin)) continue;
+      if (ptx::uniform(work.end <= work.begin)) continue;
       batch = operand_batch(params.batch_map, work.tile.batch);
       return;
     }
@@ -75,7 +75,7 @@ class SelfLoading {
       : params_(params),
         rings_(rings),
         warpgroup_(warpgroup),
-        warp_(uniform(ptx::warp_index())),
+        warp_(ptx::uniform(ptx::warp_index())),
         queries_(params, rings.tile_queue),
         keys_(queries_),
         values_(queries_) {
@@ -114,11 +114,11 @@ class SelfLoading {
     }
   }
   __device__ __forceinline__ void load_keys() {
-    if (!uniform(keys_.more)) return;
+    if (!ptx::uniform(keys_.more)) return;
     load(rings_.k_ring, k_at_, params_.k_map, rings_.k, keys_, keys_.batch.k);
   }
   __device__ __forceinline__ void load_values() {
-    if (!uniform(values_.more)) return;
+    if (!ptx::uniform(values_.more)) return;
     load(rings_.v_ring, v_at_, params_.v_map, rings_.v, values_, values_.batch.v);
   }
   __device__ __forceinline__ void load(const Ring<kConfig.stages>& ring,

@@ -86,7 +86,7 @@ __device__ __forceinline__ bool join_pieces(const FwdParams& params, const Piece
     last = atomicAdd(params.arrivals + counter, 1u) == slots.end - slots.begin - 1;
   }
   last = ptx::named_barrier_any(vote, ptx::kWarpgroupSize, last);
-  if (uniform(last) == 0) return false;
+  if (ptx::uniform(last) == 0) return false;
   __threadfence();
 
   float reference[2] = {-INFINITY, -INFINITY};

@@ -17,6 +17,12 @@ __device__ __forceinline__ int warp_index() {
 }
 __device__ __forceinline__ int warpgroup_index() { return warp_index() / 4; }
 
+// A value that is the same in all lanes, in a form that ptxas believes: the reduction writes a
+// uniform register, while it takes what a shuffle returns for divergent. Below a bound or a branch
+// that it takes for divergent the rings' positions leave the uniform registers, which costs every
+// key block some 25 instructions (head dim 128 causal: 231 against 209), or wgmma is serialized.
+__device__ __forceinline__ int32_t uniform(int32_t x) { return __reduce_max_sync(0xffffffff, x); }
+
 // True in exactly one lane of a converged warp.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-elect-sync
 __device__ __forceinline__ bool elect_one() {
