@@ -1,18 +1,20 @@
 """Runs the kernels under compute-sanitizer: memcheck, racecheck, synccheck, initcheck.
 
-    python tools/sanitize.py [--tool memcheck]... [--program PATH]     # on a Hopper GPU
+    python tools/sanitize.py [--tool memcheck]... [--program PATH]...     # on a Hopper GPU
 
-The program is tests/cuda/fwd_device.cu, which launches the kernels straight from C++ and checks
-what they return; it is built here when --program names none (nvcc on the path, about a minute).
-Not the Python tests: JAX itself crashes under compute-sanitizer (signal 11 in jaxlib 0.11.2 before
-the first kernel of ours). compute-sanitizer comes with the CUDA toolkit, or pip install
-nvidia-cuda-sanitizer-api. The exit status is 0 when no tool found anything and every check passed.
+The programs are tests/cuda/fwd_device.cu and bwd_device.cu, which launch the kernels straight from
+C++ and check what they return; they are built here when --program names none (nvcc on the path, a
+minute each). Not the Python tests: JAX itself crashes under compute-sanitizer (signal 11 in jaxlib
+0.11.2 before the first kernel of ours). compute-sanitizer comes with the CUDA toolkit, or pip
+install nvidia-cuda-sanitizer-api. The exit status is 0 when no tool found anything and every check
+passed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import pathlib
 import shutil
@@ -21,6 +23,7 @@ import sys
 import tempfile
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+PASSES = ("fwd", "bwd")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND_SOMETHING = 86  # compute-sanitizer's exit status for its own findings
 NVCC_FLAGS = (
@@ -51,39 +54,42 @@ def find_sanitizer() -> str:
     return found
 
 
-def build(program: pathlib.Path) -> None:
-    """Compiles the device tests. Raises: CalledProcessError when nvcc fails."""
+def build(name: str, folder: pathlib.Path) -> pathlib.Path:
+    """Compiles the device tests of a pass. Raises: CalledProcessError when nvcc fails."""
+    cuda = REPOSITORY / "cuda"
     sources = [
-        REPOSITORY / "tests/cuda/fwd_device.cu",
-        *sorted((REPOSITORY / "cuda").rglob("*.cu")),
-        *sorted((REPOSITORY / "cuda").rglob("*.cc")),
+        REPOSITORY / f"tests/cuda/{name}_device.cu",
+        *sorted((cuda / "core").rglob("*.cu")),
+        *sorted((cuda / name).rglob("*.cu")),
+        *sorted(cuda.rglob("*.cc")),
     ]
+    program = folder / f"{name}_device"
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     subprocess.run([nvcc, *NVCC_FLAGS, "-o", program, *sources], check=True)
+    return program
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs the kernels under compute-sanitizer")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="default: all four")
-    parser.add_argument("--program", type=pathlib.Path, help="the device tests, already built")
+    parser.add_argument(
+        "--program", action="append", type=pathlib.Path, help="device tests, already built"
+    )
     options = parser.parse_args()
     sanitizer = find_sanitizer()
     verdicts = {}
     with tempfile.TemporaryDirectory() as folder:
-        program = options.program
-        if program is None:
-            program = pathlib.Path(folder) / "fwd_device"
-            build(program)
-        for tool in options.tool or TOOLS:
-            print(f"== {tool}", flush=True)
+        programs = options.program or [build(name, pathlib.Path(folder)) for name in PASSES]
+        for tool, program in itertools.product(options.tool or TOOLS, programs):
+            print(f"== {tool} {program.name}", flush=True)
             status = subprocess.run(
                 [sanitizer, f"--tool={tool}", f"--error-exitcode={FOUND_SOMETHING}", program],
                 check=False,
             ).returncode
             reason = {0: "clean", FOUND_SOMETHING: "found something"}
-            verdicts[tool] = reason.get(status, f"the program failed ({status})")
-    for tool, verdict in verdicts.items():
-        print(f"sanitize: {tool}: {verdict}")
+            verdicts[tool, program.name] = reason.get(status, f"the program failed ({status})")
+    for (tool, program), verdict in verdicts.items():
+        print(f"sanitize: {tool} {program}: {verdict}")
     return 0 if set(verdicts.values()) == {"clean"} else 1
 
 
