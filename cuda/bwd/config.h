@@ -22,12 +22,15 @@ struct BwdConfig {
   int head_dim;  // of query, key and value
   MaskKind mask;
   int key_warpgroups;  // 64 keys each
+  int tile_m;          // queries a step
   int stages;          // depth of the query ring and of the dout ring
   int dscores_stages;  // depth of the ring of dS tiles between the key warpgroups and dQ's
   BwdOrder order;
 
   static constexpr int kElementBytes = 2;
-  static constexpr int kTileM = 64;                 // queries a step
+  // Rows of a block of dQ's accumulator; what lse, delta and dQ are padded to, whatever tile_m is.
+  static constexpr int kBlockRows = 64;
+  static constexpr int kPaddedRows = 128;
   static constexpr int kDqColumns = 64;             // of dQ, at a time
   static constexpr int kDqBuffers = 2;              // on their way from registers to memory
   static constexpr int kMaxSmemBytes = 227 * 1024;  // a CTA on sm_90, CUDA C++ guide, table 30
@@ -38,10 +41,10 @@ struct BwdConfig {
   constexpr int threads() const { return 128 * (key_warpgroups + 1); }
 
   constexpr int kv_bytes() const { return tile_n() * head_dim * kElementBytes; }
-  constexpr int q_bytes() const { return kTileM * head_dim * kElementBytes; }
-  static constexpr int stats_bytes() { return kTileM * 4; }
-  static constexpr int dq_bytes() { return kTileM * kDqColumns * 4; }
-  constexpr int dscores_bytes() const { return tile_n() * kTileM * kElementBytes; }
+  constexpr int q_bytes() const { return tile_m * head_dim * kElementBytes; }
+  constexpr int stats_bytes() const { return tile_m * 4; }
+  static constexpr int dq_bytes() { return kBlockRows * kDqColumns * 4; }
+  constexpr int dscores_bytes() const { return tile_n() * tile_m * kElementBytes; }
   // Tiles, rows of lse and delta, then barriers: key and value; full of each stage, full and empty
   // of dS; rounded up to its alignment. launch.cuh asserts that it is sizeof(BwdSmem).
   constexpr int smem_bytes() const {
@@ -58,7 +61,7 @@ struct BwdConfig {
 
   constexpr bool fits() const {
     return smem_bytes() <= kMaxSmemBytes && head_dim % 64 == 0 && stages >= 2 &&
-           dscores_stages >= 1 &&
+           tile_m % kBlockRows == 0 && kPaddedRows % tile_m == 0 && dscores_stages >= 1 &&
            128 * (dq_registers() + key_warpgroups * key_registers()) <=
                65536 / threads() / 8 * 8 * threads();
   }
@@ -70,9 +73,10 @@ struct BwdHdim64 {
                                    .head_dim = 64,
                                    .mask = kMask,
                                    .key_warpgroups = 2,
-                                   .stages = 4,
-                                   .dscores_stages = 2,
-                                   .order = BwdOrder::kPrefetch};
+                                   .tile_m = 128,
+                                   .stages = 3,
+                                   .dscores_stages = 1,
+                                   .order = BwdOrder::kTakeTurns};
 };
 template <DType kDType, MaskKind kMask>
 struct BwdHdim128 {
@@ -80,6 +84,7 @@ struct BwdHdim128 {
                                    .head_dim = 128,
                                    .mask = kMask,
                                    .key_warpgroups = 2,
+                                   .tile_m = 64,
                                    .stages = 3,
                                    .dscores_stages = 2,
                                    .order = BwdOrder::kTakeTurns};

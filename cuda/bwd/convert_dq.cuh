@@ -9,7 +9,7 @@
 
 namespace jax_fa3 {
 
-// One CTA of a warpgroup a step of 64 queries of a head. Blocks of the accumulator have the order
+// One CTA of a warpgroup a block of 64 queries of a head. Blocks of the accumulator have the order
 // of the registers that dq.cuh wrote.
 template <DType kDType, int kHeadDim>
 __global__ void __launch_bounds__(ptx::kWarpgroupSize)
@@ -17,13 +17,13 @@ __global__ void __launch_bounds__(ptx::kWarpgroupSize)
   constexpr int kChunks = kHeadDim / BwdConfig::kDqColumns;
   constexpr int kAccumulators = BwdConfig::kDqColumns / 2;
   const int32_t head = blockIdx.x % params.heads_q;
-  const int32_t m = blockIdx.x / params.heads_q % params.steps;
-  const int32_t batch = blockIdx.x / params.heads_q / params.steps;
+  const int32_t m = blockIdx.x / params.heads_q % params.blocks;
+  const int32_t batch = blockIdx.x / params.heads_q / params.blocks;
   const int64_t pair = static_cast<int64_t>(batch) * params.heads_q + head;
   const float4* const blocks = reinterpret_cast<const float4*>(params.dq_accumulator) +
-                               (pair * params.steps + m) * (BwdConfig::kTileM * kHeadDim / 4);
+                               (pair * params.blocks + m) * (BwdConfig::kBlockRows * kHeadDim / 4);
   const int quad_lane = threadIdx.x % 4;
-  const int32_t first_row = m * BwdConfig::kTileM + accumulator_row();
+  const int32_t first_row = m * BwdConfig::kBlockRows + accumulator_row();
 
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {

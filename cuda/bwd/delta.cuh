@@ -14,19 +14,19 @@ namespace jax_fa3 {
 
 inline constexpr int kDeltaThreads = 128;
 
-// One CTA a step of 64 queries of a head; heads next to each other, as they lie in memory.
+// One CTA a block of 64 queries of a head; heads next to each other, as they lie in memory.
 template <DType kDType, int kHeadDim>
 __global__ void __launch_bounds__(kDeltaThreads)
     delta_kernel(const __grid_constant__ DeltaParams params) {
   constexpr int kLanes = kHeadDim / 8;  // 16 bytes a lane
   constexpr int kRows = kDeltaThreads / kLanes;
-  constexpr int kPasses = BwdConfig::kTileM / kRows;
+  constexpr int kPasses = BwdConfig::kBlockRows / kRows;
   const int32_t head = blockIdx.x % params.heads_q;
-  const int32_t m = blockIdx.x / params.heads_q % params.steps;
-  const int32_t batch = blockIdx.x / params.heads_q / params.steps;
+  const int32_t m = blockIdx.x / params.heads_q % params.blocks;
+  const int32_t batch = blockIdx.x / params.heads_q / params.blocks;
   const int64_t pair = static_cast<int64_t>(batch) * params.heads_q + head;
   const int lane = threadIdx.x % kLanes;
-  const int first_row = m * BwdConfig::kTileM + threadIdx.x / kLanes;
+  const int first_row = m * BwdConfig::kBlockRows + threadIdx.x / kLanes;
 
   uint4 out[kPasses], dout[kPasses];
 #pragma unroll
@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kDeltaThreads)
   }
 
   float4* const zeros = reinterpret_cast<float4*>(params.dq_accumulator) +
-                        (pair * params.steps + m) * (BwdConfig::kTileM * kHeadDim / 4);
+                        (pair * params.blocks + m) * (BwdConfig::kBlockRows * kHeadDim / 4);
 #pragma unroll
-  for (int i = 0; i < BwdConfig::kTileM * kHeadDim / 4; i += kDeltaThreads) {
+  for (int i = 0; i < BwdConfig::kBlockRows * kHeadDim / 4; i += kDeltaThreads) {
     zeros[i + threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 

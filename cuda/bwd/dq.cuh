@@ -20,6 +20,7 @@ class DqWarpgroup {
   static constexpr BwdConfig kConfig = Config::value;
   static constexpr int kTileN = kConfig.tile_n();
   static constexpr int kChunks = kConfig.head_dim / BwdConfig::kDqColumns;
+  static constexpr int kBlocks = kConfig.tile_m / BwdConfig::kBlockRows * kChunks;  // a step
   static constexpr int kAccumulators = BwdConfig::kDqColumns / 2;
 
  public:
@@ -37,11 +38,11 @@ class DqWarpgroup {
     ptx::mbarrier_wait(rings_.k_full, 0);
     // The steps of one head lie next to each other, its siblings' a whole head away.
     float* block =
-        params_.dq_accumulator +
-        step_index(params_, work_.batch, work_.head_k * params_.group, work_.steps.begin) *
-            (kChunks * kBlock);
+        params_.dq_accumulator + row_index(params_, work_.batch, work_.head_k * params_.group,
+                                           work_.steps.begin * kConfig.tile_m) *
+                                     kConfig.head_dim;
     const int64_t next_head =
-        static_cast<int64_t>(params_.padded_q / BwdConfig::kTileM - steps) * (kChunks * kBlock);
+        static_cast<int64_t>(params_.padded_q - steps * kConfig.tile_m) * kConfig.head_dim;
     int32_t left_of_head = steps;
 #pragma unroll 1
     for (int32_t left = params_.group * steps; left > 0; --left) {
@@ -49,12 +50,12 @@ class DqWarpgroup {
       if (leader && left != params_.group * steps) loader.load_step();
       __syncwarp();
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
+      for (int i = 0; i < kBlocks; ++i) {
         ptx::wgmma_fence();
-        multiply(chunk);
+        multiply(i / kChunks, i % kChunks);
         ptx::wgmma_wait<0>();
         ptx::fence_registers(dq_);
-        if (chunk == kChunks - 1) {
+        if (i == kBlocks - 1) {
           rings_.dscores_ring.release(at_);
           at_.advance();
         }
@@ -70,13 +71,14 @@ class DqWarpgroup {
   }
 
  private:
-  static constexpr int kBlock = BwdConfig::kTileM * BwdConfig::kDqColumns;  // floats
+  static constexpr int kBlock = BwdConfig::kBlockRows * BwdConfig::kDqColumns;  // floats
 
-  // 64 columns of dS K: A [64 queries, keys] and B [keys, 64], both stored with the keys as rows.
-  __device__ __forceinline__ void multiply(int chunk) {
+  // 64 rows and columns of dS K: A [64 queries, keys] and B [keys, 64], both stored with the keys
+  // as rows.
+  __device__ __forceinline__ void multiply(int half, int chunk) {
     using Mma = ptx::Wgmma<kConfig.dtype, BwdConfig::kDqColumns>;
-    const ptx::SmemOperand dscores =
-        ptx::mn_major_operand(rings_.dscores + at_.stage * kConfig.dscores_bytes(), kTileN * 128);
+    const ptx::SmemOperand dscores = ptx::mn_major_operand(
+        rings_.dscores + at_.stage * kConfig.dscores_bytes() + half * kTileN * 128, kTileN * 128);
     const ptx::SmemOperand keys =
         ptx::mn_major_operand(rings_.k + chunk * kTileN * 128, kTileN * 128);
 #pragma unroll

@@ -24,7 +24,7 @@ class KeyWarpgroup {
   static constexpr BwdConfig kConfig = Config::value;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kTileN = kConfig.tile_n();
-  static constexpr int kTileM = BwdConfig::kTileM;
+  static constexpr int kTileM = kConfig.tile_m;
   static constexpr int kScores = kTileM / 2;  // accumulators a lane: 64 x kTileM over 128 lanes
   static constexpr int kGrads = kHeadDim / 2;
 
@@ -256,7 +256,7 @@ class KeyWarpgroup {
     float2 pairs[kTileM / 8];
   };
   __device__ __forceinline__ Stats load_stats(uint32_t rows, int stage) const {
-    const uint32_t row = rows + stage * BwdConfig::stats_bytes() + stats_lane_;
+    const uint32_t row = rows + stage * kConfig.stats_bytes() + stats_lane_;
     Stats stats;
 #pragma unroll
     for (int j = 0; j < kTileM / 8; ++j) {
@@ -320,8 +320,9 @@ class KeyWarpgroup {
     ptx::mbarrier_wait(rings_.dscores_ring.empty_barrier(dscores_at_.stage), dscores_at_.phase ^ 1);
 #pragma unroll
     for (int step = 0; step < kTileM / 16; ++step) {  // 16 columns are 32 bytes, swizzled
-      ptx::stmatrix_x4(tile + (dscores_lane_ ^ step << 5), dscores[4 * step], dscores[4 * step + 1],
-                       dscores[4 * step + 2], dscores[4 * step + 3]);
+      const uint32_t half = tile + step / 4 * kTileN * 128;
+      ptx::stmatrix_x4(half + (dscores_lane_ ^ step % 4 << 5), dscores[4 * step],
+                       dscores[4 * step + 1], dscores[4 * step + 2], dscores[4 * step + 3]);
     }
     ptx::fence_proxy_async();
     __syncwarp();

@@ -39,10 +39,10 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
   auto* const dq_accumulator = reinterpret_cast<float*>(workspace + layout.dq_accumulator);
   const auto seqlen_q = static_cast<int32_t>(problem.seqlen_q);
   const auto heads_q = static_cast<int32_t>(problem.heads_q);
-  const int32_t steps = plan.padded_q / BwdConfig::kTileM;
-  const auto step_ctas = static_cast<uint32_t>(problem.batch * heads_q * steps);
+  const int32_t blocks = plan.padded_q / BwdConfig::kBlockRows;
+  const auto block_ctas = static_cast<uint32_t>(problem.batch * heads_q * blocks);
 
-  if (step_ctas > 0) {
+  if (block_ctas > 0) {
     DeltaParams params{};
     params.out = buffers.out;
     params.dout = buffers.dout;
@@ -54,13 +54,13 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
     params.seqlen_q = seqlen_q;
     params.padded_q = plan.padded_q;
     params.heads_q = heads_q;
-    params.steps = steps;
-    JAX_FA3_RETURN_IF_ERROR(launch.delta(step_ctas, params, stream));
+    params.blocks = blocks;
+    JAX_FA3_RETURN_IF_ERROR(launch.delta(block_ctas, params, stream));
   }
 
   if (plan.grid.tiles > 0) {
     // Without queries there is nothing to map, and dK and dV are zeros; any valid address will do.
-    const bool no_queries = step_ctas == 0;
+    const bool no_queries = block_ctas == 0;
     const void* const some = buffers.key;
     BwdParams params{};
     const auto encode = [&](const char* name, const void* data, int64_t batch, int64_t seqlen,
@@ -69,10 +69,10 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
                           map);
     };
     Status status = encode("query", no_queries ? some : buffers.query, problem.batch_q,
-                           problem.seqlen_q, problem.heads_q, BwdConfig::kTileM, params.q_map);
+                           problem.seqlen_q, problem.heads_q, config.tile_m, params.q_map);
     if (!status.ok()) return status;
     status = encode("dout", no_queries ? some : buffers.dout, problem.batch, problem.seqlen_q,
-                    problem.heads_q, BwdConfig::kTileM, params.dout_map);
+                    problem.heads_q, config.tile_m, params.dout_map);
     if (!status.ok()) return status;
     status = encode("key", buffers.key, problem.batch_k, problem.seqlen_k, problem.heads_k,
                     config.tile_n(), params.k_map);
@@ -103,15 +103,15 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
     }
   }
 
-  if (step_ctas > 0) {
+  if (block_ctas > 0) {
     ConvertParams params{};
     params.dq_accumulator = dq_accumulator;
     params.dq = buffers.dq;
     params.seqlen_q = seqlen_q;
     params.heads_q = heads_q;
-    params.steps = steps;
+    params.blocks = blocks;
     params.scale = problem.scale;
-    JAX_FA3_RETURN_IF_ERROR(launch.convert(step_ctas, params, stream));
+    JAX_FA3_RETURN_IF_ERROR(launch.convert(block_ctas, params, stream));
   }
   return {};
 }

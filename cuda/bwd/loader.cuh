@@ -63,16 +63,16 @@ class Loader {
       ++head_;
     }
   }
-  // 64 rows of query or dout, and what belongs to them of lse or delta.
+  // A step's rows of query or dout, and what belongs to them of lse or delta.
   __device__ __forceinline__ void load_rows(const TensorMap& map, uint32_t full, uint32_t tiles,
                                             int32_t batch, uint32_t stats, const float* source) {
     const uint32_t barrier = full + 8 * at_.stage;
-    ptx::mbarrier_arrive_expect_tx(barrier, kConfig.q_bytes() + BwdConfig::stats_bytes());
-    ptx::tma_load_5d(map, barrier, tiles + at_.stage * kConfig.q_bytes(), 0, m_ * BwdConfig::kTileM,
-                     0, head_, batch);
-    ptx::bulk_load(barrier, stats + at_.stage * BwdConfig::stats_bytes(),
-                   source + step_index(params_, work_.batch, head_, m_) * BwdConfig::kTileM,
-                   BwdConfig::stats_bytes());
+    ptx::mbarrier_arrive_expect_tx(barrier, kConfig.q_bytes() + kConfig.stats_bytes());
+    ptx::tma_load_5d(map, barrier, tiles + at_.stage * kConfig.q_bytes(), 0, m_ * kConfig.tile_m, 0,
+                     head_, batch);
+    ptx::bulk_load(barrier, stats + at_.stage * kConfig.stats_bytes(),
+                   source + row_index(params_, work_.batch, head_, m_ * kConfig.tile_m),
+                   kConfig.stats_bytes());
   }
 
   const BwdParams& params_;

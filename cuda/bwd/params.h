@@ -54,7 +54,7 @@ struct DeltaParams {
   int32_t seqlen_q;
   int32_t padded_q;
   int32_t heads_q;
-  int32_t steps;  // padded_q / 64
+  int32_t blocks;  // padded_q / 64
 };
 
 // convert_dq.cuh: after it.
@@ -63,7 +63,7 @@ struct ConvertParams {
   void* dq;  // [batch, seqlen_q, heads_q, head_dim]
   int32_t seqlen_q;
   int32_t heads_q;
-  int32_t steps;
+  int32_t blocks;
   float scale;
 };
 

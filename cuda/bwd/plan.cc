@@ -49,16 +49,16 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
   if (Status status = choose(problem, found); !status.ok()) return status;
   plan = BwdPlan{};
   plan.config_index = found - kBwdConfigs;
-  plan.padded_q = static_cast<int32_t>(ceil_div<int64_t>(problem.seqlen_q, BwdConfig::kTileM) *
-                                       BwdConfig::kTileM);
+  plan.padded_q = static_cast<int32_t>(ceil_div<int64_t>(problem.seqlen_q, BwdConfig::kPaddedRows) *
+                                       BwdConfig::kPaddedRows);
 
   const int64_t n_tiles = ceil_div<int64_t>(problem.seqlen_k, found->config.tile_n());
   const int64_t pairs = problem.batch * problem.heads_k;
-  const int64_t steps = plan.padded_q / BwdConfig::kTileM;
+  const int64_t blocks = plan.padded_q / BwdConfig::kBlockRows;
   constexpr int64_t kMaxCtas = (int64_t{1} << 31) - 1;
   if ((pairs > 0 && n_tiles > kMaxCtas / pairs) ||
       (problem.batch * problem.heads_q > 0 &&
-       steps > kMaxCtas / 4 / (problem.batch * problem.heads_q))) {
+       blocks > kMaxCtas / 4 / (problem.batch * problem.heads_q))) {
     return Status::unimplemented("more than 2^31 tiles: " + describe(problem));
   }
   const int64_t group = problem.heads_k > 0 ? problem.heads_q / problem.heads_k : 1;
@@ -88,10 +88,10 @@ int64_t bwd_workspace_bytes(const Problem& problem) {
 std::string describe(const Problem& problem, const BwdPlan& plan) {
   const BwdConfig& c = plan.named().config;
   std::ostringstream text;
-  text << plan.named().name << ": " << c.tile_n() << " keys x " << BwdConfig::kTileM
-       << " queries a step, " << c.stages << " stages, " << c.key_warpgroups << " key warpgroups ("
-       << c.key_registers() << " registers); " << plan.grid.tiles << " CTAs of " << c.threads()
-       << " threads, " << c.smem_bytes() / 1024 << " KiB shared; " << describe(problem);
+  text << plan.named().name << ": " << c.tile_n() << " keys x " << c.tile_m << " queries a step, "
+       << c.stages << " stages, " << c.key_warpgroups << " key warpgroups (" << c.key_registers()
+       << " registers); " << plan.grid.tiles << " CTAs of " << c.threads() << " threads, "
+       << c.smem_bytes() / 1024 << " KiB shared; " << describe(problem);
   return text.str();
 }
 

@@ -11,7 +11,7 @@
 namespace jax_fa3 {
 
 // Tiles lie in chunks of 64 columns: [head_dim / 64][rows][64], rows of 128 bytes, 128-byte
-// swizzle. dscores is [keys][64 queries], the same rows.
+// swizzle. dscores is [tile_m / 64][keys][64 queries], the same rows.
 template <class Config>
 struct BwdSmem {
   static constexpr BwdConfig kConfig = Config::value;
@@ -22,8 +22,8 @@ struct BwdSmem {
   alignas(1024) uint8_t dout[kConfig.stages][kConfig.q_bytes()];
   alignas(1024) uint8_t dscores[kConfig.dscores_stages][kConfig.dscores_bytes()];
   alignas(1024) uint8_t dq[BwdConfig::kDqBuffers][BwdConfig::dq_bytes()];
-  alignas(16) float lse_log2[kConfig.stages][BwdConfig::kTileM];
-  float delta[kConfig.stages][BwdConfig::kTileM];
+  alignas(16) float lse_log2[kConfig.stages][kConfig.tile_m];
+  float delta[kConfig.stages][kConfig.tile_m];
   uint64_t k_full, v_full;
   uint64_t q_full[kConfig.stages], dout_full[kConfig.stages];
   uint64_t dscores_full[kConfig.dscores_stages], dscores_empty[kConfig.dscores_stages];
@@ -92,19 +92,16 @@ __device__ __forceinline__ KeyWork key_work(const BwdParams& params) {
   }
   const int32_t begin = work.n_tile * kConfig.tile_n();
   work.steps = query_steps<kConfig.mask>(begin, begin + kConfig.tile_n(), params.seqlen_q,
-                                         params.seqlen_k, work.diagonal, BwdConfig::kTileM);
+                                         params.seqlen_k, work.diagonal, kConfig.tile_m);
   work.steps.begin = ptx::uniform(work.steps.begin);
   work.steps.end = ptx::uniform(work.steps.end);
   return work;
 }
 
-// The rows of a step's lse, delta and dQ: step m of head `head` is rows [64 i, 64 i + 64) of what
-// the three kernels share, i being this.
-__device__ __forceinline__ int64_t step_index(const BwdParams& params, int32_t batch, int32_t head,
-                                              int32_t m) {
-  return (static_cast<int64_t>(batch) * params.heads_q + head) *
-             (params.padded_q / BwdConfig::kTileM) +
-         m;
+// Where query `row` of a head stands in lse, delta and (times head_dim) dQ's accumulator.
+__device__ __forceinline__ int64_t row_index(const BwdParams& params, int32_t batch, int32_t head,
+                                             int32_t row) {
+  return (static_cast<int64_t>(batch) * params.heads_q + head) * params.padded_q + row;
 }
 
 }  // namespace jax_fa3
