@@ -8,8 +8,8 @@
 
 The variants (cuda/fwd/ablation/variants.h) exist only in such a build; none is in a wheel. STUDIES
 below says what is compared. Each head dim and mask is measured at two problems, (2, 8192) and
-(16, 1024) batch x sequence with a hidden size of 2048: all its variants, the plan's own choice and
-cuDNN in the same interleaved rounds (harness.py says how). Beside the speed:
+(16, 1024) batch x sequence with a hidden size of 2048: all its variants, all configurations that
+are shipped for it and cuDNN in the same interleaved rounds (harness.py says how). Beside the speed:
 
   errors        relative, root mean square, against float32: on standard normal inputs and, at 8192,
                 on the same with the query times 8, whose softmax is dominated by few keys
@@ -60,8 +60,6 @@ _PROFILE_CHILD = flags.DEFINE_bool(
 # The handler of the build under test, beside the one that jax_fa3 has registered.
 TARGET = "jax_fa3_fwd_ablation"
 
-PLAN = "plan"  # in a configuration's place: what the plan chooses
-
 
 # --------------------------------------------------------------------------------------------------
 # What is compared
@@ -96,19 +94,22 @@ def _paper(mask, keys):
             f"{stem}Overlap": "overlap inside a warpgroup only",
             f"{stem}Pingpong": "pingpong between warpgroups only",
             f"{stem}Neither": "neither",
-            f"{stem}Unspecialised": "no warp specialisation",
+            # Without a producer nobody draws tiles from a counter either.
+            f"{stem}Unspecialised": "no warp specialisation"
+            + (", static schedule" if mask == "causal" else ""),
         },
     )
 
 
 def _ours(head_dim, mask, variants):
+    """Changes of the first configuration that is shipped for a head dim and mask."""
     stem = f"Hdim{head_dim}{mask.capitalize()}"
     return Study(
         f"hdim{head_dim}-{mask}",
         f"jax_fa3, head dim {head_dim}, {mask}",
         head_dim,
         mask,
-        {PLAN: "as shipped"} | {stem + name: text for name, text in variants.items()},
+        {f"FwdBf16{stem}": "shipped"} | {stem + name: text for name, text in variants.items()},
     )
 
 
@@ -142,7 +143,6 @@ STUDIES = (
         "causal",
         {
             "3w80s4": "3 x 64 queries, 80 keys",
-            "2w128s3": "2 x 64 queries, 128 keys",
             "2w64s6": "2 x 64 queries, 64 keys",
             **_LAZY,
             **_IN_ORDER,
@@ -166,7 +166,7 @@ STUDIES = (
         64,
         "causal",
         {
-            "3w64s6": "3 x 64 queries, 64 keys",
+            "3w96s6": "3 x 64 queries, 96 keys",
             "2w128s6": "2 x 64 queries, 128 keys",
             **_LAZY,
             **_STATIC,
@@ -176,7 +176,7 @@ STUDIES = (
         256,
         "full",
         {
-            "2w64s2": "2 x 64 queries, 64 keys",
+            "2w80s2": "2 x 64 queries, 80 keys",
             **_LAZY,
             **_IN_ORDER,
             **_PINGPONG,
@@ -186,12 +186,13 @@ STUDIES = (
     _ours(
         256,
         "causal",
-        {"2w64s2": "2 x 64 queries, 64 keys", **_LAZY, **_STATIC},
+        {"2w80s2": "2 x 64 queries, 80 keys", **_LAZY, **_STATIC},
     ),
 )
 
-# The softmax rules that the peaked inputs compare; the plan's is the lazy reference.
-RULES = {"lazy": PLAN, "conditional": "Conditional", "classical": "Classical"}
+# The softmax rules that the peaked inputs compare, as endings of a variant's name; what is shipped
+# has the lazy reference.
+RULES = {"lazy": "", "conditional": "Conditional", "classical": "Classical"}
 PEAKED_FACTORS = (1, 8, 30)  # of the query
 
 
@@ -230,13 +231,17 @@ class Kernels:
     def names(self):
         return self._module.kernels()
 
-    def plan(self, row, config):
-        """As text, the configuration's name first. Raises: ValueError where there is none."""
-        return harness.kernel_plan(self._module, row, "" if config == PLAN else config)
+    def plan(self, row, config=""):
+        """As text, the configuration's name first; "" asks for the plan's own choice.
+
+        Raises:
+          ValueError: the configuration is not for the row.
+        """
+        return harness.kernel_plan(self._module, row, config)
 
     def call(self, row, config):
         """(query, key, value) -> (out, workspace)."""
-        return harness.kernel_call(self._module, TARGET, row, "" if config == PLAN else config)
+        return harness.kernel_call(self._module, TARGET, row, config)
 
 
 class StandIn:
@@ -246,19 +251,15 @@ class StandIn:
     missing = "Hdim64FullPingpong"
 
     def names(self):
-        named = [name for study in STUDIES for name in study.variants if name != PLAN]
-        return [
-            "FwdBf16Hdim64Full",
-            "FwdBf16Hdim64FullOther",
-            *(name for name in named if name != self.missing),
-        ]
+        named = [name for study in STUDIES for name in study.variants]
+        return ["FwdBf16Hdim64Full128Rows", *(name for name in named if name != self.missing)]
 
-    def plan(self, row, config):
+    def plan(self, row, config=""):
         stem = f"Hdim{row.head_dim}{row.mask.capitalize()}"
-        name = f"FwdBf16{stem}" if config == PLAN else config
+        name = config or f"FwdBf16{stem}"
         if stem not in name:
             raise ValueError(f"config {name} is not for {row.name}")
-        return f"{name}: a stand-in; 1 tiles on 1 CTAs"
+        return f"{name}: a stand-in, 64 queries x 64 keys; 1 tiles on 1 CTAs"
 
     def call(self, row, config):
         del config
@@ -280,7 +281,7 @@ def chosen_studies(kernels):
     for study in STUDIES:
         if not any(fnmatch.fnmatch(study.name, pattern) for pattern in _STUDIES.value):
             continue
-        there = {c: text for c, text in study.variants.items() if c == PLAN or c in names}
+        there = {c: text for c, text in study.variants.items() if c in names}
         missing += [
             {"study": study.name, "config": c, "text": text}
             for c, text in study.variants.items()
@@ -292,23 +293,22 @@ def chosen_studies(kernels):
 
 
 def groups_of(studies):
-    """{(head dim, mask): configurations to measure, the plan's choice first}."""
+    """{(head dim, mask): configurations to measure}."""
     groups: dict[tuple[int, str], list[str]] = {}
     for study in studies:
-        group = groups.setdefault((study.head_dim, study.mask), [PLAN])
+        group = groups.setdefault((study.head_dim, study.mask), [])
         group += [config for config in study.variants if config not in group]
     return groups
 
 
 def with_shipped(kernels, row, configs):
-    """`configs` and the other configurations that are shipped for such rows.
+    """`configs` and all configurations that are shipped for such rows.
 
-    The plan chooses one of them; the others show that it chose well.
+    The plan chooses one of them; the others show whether it chose well.
     """
-    planned = name_of(kernels.plan(row, PLAN))
     others = []
     for name in kernels.names():
-        if name.startswith("Fwd") and name != planned:
+        if name.startswith("Fwd"):
             try:
                 kernels.plan(row, name)
             except ValueError:
@@ -361,7 +361,7 @@ def measure_row(row, configs, kernels, rules, clock):
         entries[config] = {"plan": _plan_or_none(kernels, row, config)} | entries[config]
     measured = row.fields() | {
         "sm_clock_mhz": clock.median_since(start),
-        "planned": name_of(kernels.plan(row, PLAN)),
+        "planned": name_of(kernels.plan(row)),
         "peers": {"cudnn": entries.pop("cudnn")},
         "variants": entries,
     }
@@ -417,7 +417,7 @@ def measure_peaked(row, rules, kernels, compiled, inputs, reference):
 def rules_for(head_dim, mask, configs):
     """{rule: configuration} of the softmax rules that this build has."""
     stem = f"Hdim{head_dim}{mask.capitalize()}"
-    named = {rule: name if name == PLAN else stem + name for rule, name in RULES.items()}
+    named = {rule: stem + end if end else f"FwdBf16{stem}" for rule, end in RULES.items()}
     return {rule: config for rule, config in named.items() if config in configs}
 
 
@@ -447,10 +447,11 @@ def measure_all(groups, kernels, results, yardstick, clock):
 
 
 def _row_text(measured):
-    base = measured["variants"][PLAN].get("tflops")
-    parts = [f"plan {base:.3g}" if base else "plan –"]
-    for config, entry in measured["variants"].items():
-        if config != PLAN:
+    variants, planned = measured["variants"], measured["planned"]
+    base = variants.get(planned, {}).get("tflops")
+    parts = [f"{planned} {base:.4g}" if base else f"{planned} –"]
+    for config, entry in variants.items():
+        if config != planned:
             ratio = f"{entry['tflops'] / base:.3f}" if base and "tflops" in entry else None
             why = "WRONG" if not entry.get("ok", True) else entry.get("skipped", "")[:60]
             parts.append(f"{config} {ratio or why}")
@@ -472,7 +473,7 @@ OPTIONAL_METRICS = {
 }
 
 
-def profile(groups, kernels):
+def profile(kernels):
     """{"metrics": {configuration: {...}}} or {"skipped": why}: one launch each, at 8192."""
     ncu = shutil.which("ncu")
     if ncu is None:
@@ -618,7 +619,7 @@ def main(argv):
         clock.stop()
     results.save(gemm=yardstick.summary(), failed_checks=failed)
     if _PROFILE.value and kernels.path:
-        counts = profile(groups, kernels)
+        counts = profile(kernels)
         results.save(profile=counts)
         if "skipped" in counts:
             print(f"No instruction counts: {counts['skipped']}")

@@ -277,7 +277,6 @@ def launch_block(results):
 # --------------------------------------------------------------------------------------------------
 
 TENSOR_FLOPS_PER_CYCLE = 4096  # 16-bit, dense, of a Hopper multiprocessor
-PLAN = "plan"  # ablation.py's name for what the plan chooses
 
 
 def _ablation_rows(results, study):
@@ -290,19 +289,21 @@ def _ablation_rows(results, study):
     return sorted(rows, key=lambda row: -row["seqlen"])
 
 
-def _variant_text(config, study, row):
-    """The study's words, for the plan's choice with its tile."""
-    text = study["variants"].get(config) or f"shipped for other problems (`{config}`)"
-    if config != PLAN:
+def _variant_text(config, study, rows):
+    """The study's words; a shipped configuration with its tile and where the plan chooses it."""
+    text = study["variants"].get(config, "shipped")
+    if text != "shipped":
         return text
-    tile = re.search(r"(\d+) queries x (\d+) keys", row["variants"][PLAN]["plan"])
-    return text + (f": {tile[1]} queries × {tile[2]} keys" if tile else "")
+    plan = rows[0]["variants"].get(config, {}).get("plan") or ""
+    if tile := re.search(r"(\d+) queries x (\d+) keys", plan):
+        text += f": {tile[1]} queries × {tile[2]} keys" + (", pingpong" * ("pingpong" in plan))
+    planned = [f"{row['batch']} × {row['seqlen']}" for row in rows if row["planned"] == config]
+    return text + (f" (planned at {' and '.join(planned)})" if planned else "")
 
 
 def _counts(results, row, config):
     """(instructions a score, cycles over the tensor cores' least, tensor pipe active) as cells."""
-    named = row["planned"] if config == PLAN else config
-    counts = results["profile"].get("metrics", {}).get(named, {})
+    counts = results["profile"].get("metrics", {}).get(config, {})
     scores = row["flops"] / 4 / row["head_dim"]
     sms = results["device"].get("multiprocessors")
     cells = []
@@ -316,7 +317,7 @@ def _counts(results, row, config):
         cells.append("–")
     tensor = counts.get("tensor_active_percent")
     cells.append(f"{tensor:.0f} %" if tensor is not None else "–")
-    stack = results["build"].get(named, {}).get("stack")
+    stack = results["build"].get(config, {}).get("stack")
     return [*cells, "–" if stack is None else stack]
 
 
@@ -328,15 +329,15 @@ def study_table(results, study):
     long = rows[0]
     first = next(iter(study["variants"]))
     configs = list(study["variants"])
-    if first == PLAN:  # other configurations that are shipped for such rows
-        configs += [c for c in long["variants"] if c.startswith("Fwd")]
+    if study["variants"][first] == "shipped":  # the others that are, too
+        configs += [c for c in long["variants"] if c.startswith("Fwd") and c not in configs]
     header = ["configuration"]
     for row in rows:
         header += [f"{row['batch']} × {row['seqlen']}", "ratio"]
     header += ["instructions", "cycles", "tensor", "stack", "error"]
     table = []
     for config in configs:
-        cells = [_variant_text(config, study, long)]
+        cells = [_variant_text(config, study, rows)]
         for row in rows:
             entry = row["variants"].get(config, {})
             base = row["variants"].get(first, {}).get("tflops")

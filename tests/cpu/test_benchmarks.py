@@ -10,7 +10,9 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
+import absl.flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -519,7 +521,7 @@ def test_the_ablation_measures_what_the_build_has_and_names_the_rest(tmp_path):
         # The study's, and what else is shipped for such a row.
         assert set(row["variants"]) == {
             *results["studies"][0]["variants"],
-            "FwdBf16Hdim64FullOther",
+            "FwdBf16Hdim64Full128Rows",
         }
         assert all(entry["ok"] and entry["tflops"] > 0 for entry in row["variants"].values())
     assert list(long["peaked"]) == ["groups", "1", "8", "30"]
@@ -568,6 +570,38 @@ def test_ncus_figures_are_found_by_the_kernels_names(ablation):
     assert ablation.read_profile("==ERROR== ERR_NVGPUCTRPERM", metrics) == {}
 
 
+FAKE_NCU = """#!/bin/sh
+[ "$1" = --version ] && { echo NVIDIA; echo Version 0.0; exit; }
+for argument; do
+  [ "$previous" = --log-file ] && log=$argument
+  [ "$previous" = --metrics ] && metrics=$argument
+  previous=$argument
+done
+case "$metrics" in
+  *,*,*) echo "==ERROR== Failed to find metric" > "$log"; exit 1 ;;
+  *) cp "$(dirname "$0")/figures" "$log" ;;
+esac
+"""
+
+
+def test_ncu_is_asked_again_without_the_metrics_that_it_may_lack(ablation, tmp_path, monkeypatch):
+    absl.flags.FLAGS(["test"])
+    kernels = types.SimpleNamespace(path="no.so")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "figures").write_text(NCU)
+    (tmp_path / "ncu").write_text(FAKE_NCU)
+    (tmp_path / "ncu").chmod(0o755)
+
+    found = ablation.profile(kernels)
+    assert found["ncu"] == "Version 0.0"
+    assert found["metrics"]["FwdBf16Hdim128Full"] == {"instructions": 430e6, "cycles": 2155e3}
+
+    (tmp_path / "figures").write_text("==ERROR== ERR_NVGPUCTRPERM: no permission")
+    assert ablation.profile(kernels) == {"skipped": "==ERROR== ERR_NVGPUCTRPERM: no permission"}
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert "ncu (Nsight Compute) is not on" in ablation.profile(kernels)["skipped"]
+
+
 def test_rows_done_again_are_read_from_the_workspace(tree_hashes):
     fwd_workspace = importlib.import_module("fwd_workspace")
     start = fwd_workspace.layout()["kRedoCount"]
@@ -580,12 +614,12 @@ def test_rows_done_again_are_read_from_the_workspace(tree_hashes):
 
 
 def ablation_results(ablation):
-    """Made up: the plan 500 TFLOP/s, every variant 10 less than the one before."""
+    """Made up: what is shipped 500 TFLOP/s, every variant 10 less than the one before."""
     rows = []
     for head_dim, mask in ((128, "full"), (128, "causal")):
         stem = f"Hdim{head_dim}{mask.capitalize()}"
         studies = [s for s in ablation.STUDIES if (s.head_dim, s.mask) == (head_dim, mask)]
-        configs = list(dict.fromkeys(["plan", *(c for s in studies for c in s.variants)]))
+        configs = dict.fromkeys(c for s in reversed(studies) for c in s.variants)
         for row in (ablation.long_row(head_dim, mask), ablation.short_row(head_dim, mask)):
             plan = f"FwdBf16{stem}: 192 queries x 64 keys, 5 stages; 1 tiles on 1 CTAs"
             variants = {
@@ -597,6 +631,11 @@ def ablation_results(ablation):
                 | {"planned": f"FwdBf16{stem}", "sm_clock_mhz": 1500, "variants": variants}
                 | {"peers": {"cudnn": {"tflops": 400.0}}, "flash_attention_3_over_cudnn": 1.1}
             )
+    rows[0]["variants"]["FwdBf16Hdim128Full128Rows"] = {
+        "plan": "FwdBf16Hdim128Full128Rows: 128 queries x 128 keys, 3 stages, overlap, pingpong",
+        "tflops": 450.0,
+    }
+    rows[1]["planned"] = "FwdBf16Hdim128Full128Rows"
     rule = {"relative_error": 2e-3, "tflops": 450.0}
     peaked = {"lazy": rule | {"redone": 16}, "conditional": rule, "classical": rule}
     rows[0]["peaked"] = {"groups": 64, **dict.fromkeys(("1", "8", "30"), peaked)}
@@ -624,10 +663,14 @@ def test_the_report_writes_the_ablations_tables(report, ablation, checkout):
 
     text = (repository / "docs" / "ablation.md").read_text()
     assert (
-        "| as shipped: 192 queries × 64 keys | 500 | 1.000 | 500 | 1.000 | 6.00 | 1.250 | 80 % | 0 "
-        "| 2.00 |" in text
+        "| shipped: 192 queries × 64 keys (planned at 2 × 8192) | 500 | 1.000 | 500 | 1.000 | 6.00 "
+        "| 1.250 | 80 % | 0 | 2.00 |" in text
     )
-    assert "| pingpong between warpgroups only | 470 | 0.959 | 470 | 0.959 |" in text
+    assert (
+        "| shipped: 128 queries × 128 keys, pingpong (planned at 16 × 1024) | 450 | 0.900 | – "
+        in text
+    )
+    assert "| overlap inside a warpgroup only | 400 | 0.976 | 400 | 0.976 |" in text
     assert "| FA3* | 440 | 0.880 | 440 | 0.880 |" in text
     assert "Not in this build: no warp specialisation." in text
     assert "| 128 full | lazy | 2.00 | 2.00 | 2.00 | 1.00 | 450 | 450 | 450 | 25 % |" in text

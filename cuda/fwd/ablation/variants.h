@@ -90,7 +90,6 @@ JAX_FA3_VARIANT(Hdim128FullConditional, FwdBf16Hdim128Full, c.softmax = Softmax:
 JAX_FA3_VARIANT(Hdim128FullClassical, FwdBf16Hdim128Full, c.softmax = Softmax::kClassical)
 JAX_FA3_VARIANT(Hdim128FullInOrder, FwdBf16Hdim128Full, set_in_order(c))
 JAX_FA3_VARIANT(Hdim128FullNoSplit, FwdBf16Hdim128Full, c.split_tail = false)
-JAX_FA3_VARIANT(Hdim128Causal2w128s3, FwdBf16Hdim128Causal, set_tile(c, 2, 128, 3))
 JAX_FA3_VARIANT(Hdim128Causal2w64s6, FwdBf16Hdim128Causal, set_tile(c, 2, 64, 6))
 JAX_FA3_VARIANT(Hdim128Causal3w80s4, FwdBf16Hdim128Causal, set_tile(c, 3, 80, 4))
 JAX_FA3_VARIANT(Hdim128CausalPingpong, FwdBf16Hdim128Causal, c.pingpong = true)
@@ -109,7 +108,6 @@ JAX_FA3_VARIANT(Hdim128CausalStatic, FwdBf16Hdim128Causal, c.schedule = Schedule
   X(Hdim128FullInOrder)                      \
   X(Hdim128FullNoSplit)
 #define JAX_FA3_FWD_VARIANTS_HDIM128_CAUSAL(X) \
-  X(Hdim128Causal2w128s3)                      \
   X(Hdim128Causal2w64s6)                       \
   X(Hdim128Causal3w80s4)                       \
   X(Hdim128CausalPingpong)                     \
@@ -127,7 +125,7 @@ JAX_FA3_VARIANT(Hdim64FullClassical, FwdBf16Hdim64Full, c.softmax = Softmax::kCl
 JAX_FA3_VARIANT(Hdim64FullInOrder, FwdBf16Hdim64Full, set_in_order(c))
 JAX_FA3_VARIANT(Hdim64FullNoSplit, FwdBf16Hdim64Full, c.split_tail = false)
 JAX_FA3_VARIANT(Hdim64Causal2w128s6, FwdBf16Hdim64Causal, set_tile(c, 2, 128, 6))
-JAX_FA3_VARIANT(Hdim64Causal3w64s6, FwdBf16Hdim64Causal, set_tile(c, 3, 64, 6))
+JAX_FA3_VARIANT(Hdim64Causal3w96s6, FwdBf16Hdim64Causal, set_tile(c, 3, 96, 6))
 JAX_FA3_VARIANT(Hdim64CausalConditional, FwdBf16Hdim64Causal, c.softmax = Softmax::kConditional)
 JAX_FA3_VARIANT(Hdim64CausalClassical, FwdBf16Hdim64Causal, c.softmax = Softmax::kClassical)
 JAX_FA3_VARIANT(Hdim64CausalStatic, FwdBf16Hdim64Causal, c.schedule = Schedule::kStatic)
@@ -141,31 +139,31 @@ JAX_FA3_VARIANT(Hdim64CausalStatic, FwdBf16Hdim64Causal, c.schedule = Schedule::
   X(Hdim64FullInOrder)                 \
   X(Hdim64FullNoSplit)                 \
   X(Hdim64Causal2w128s6)               \
-  X(Hdim64Causal3w64s6)                \
+  X(Hdim64Causal3w96s6)                \
   X(Hdim64CausalConditional)           \
   X(Hdim64CausalClassical)             \
   X(Hdim64CausalStatic)
 
 // Ours, head dim 256: the output alone takes 128 registers a lane, so there is little to vary.
-JAX_FA3_VARIANT(Hdim256Full2w64s2, FwdBf16Hdim256Full, set_tile(c, 2, 64, 2))
+JAX_FA3_VARIANT(Hdim256Full2w80s2, FwdBf16Hdim256Full, set_tile(c, 2, 80, 2))
 JAX_FA3_VARIANT(Hdim256FullPingpong, FwdBf16Hdim256Full, c.pingpong = true)
 JAX_FA3_VARIANT(Hdim256FullConditional, FwdBf16Hdim256Full, c.softmax = Softmax::kConditional)
 JAX_FA3_VARIANT(Hdim256FullClassical, FwdBf16Hdim256Full, c.softmax = Softmax::kClassical)
 JAX_FA3_VARIANT(Hdim256FullInOrder, FwdBf16Hdim256Full, set_in_order(c))
 JAX_FA3_VARIANT(Hdim256FullNoSplit, FwdBf16Hdim256Full, c.split_tail = false)
-JAX_FA3_VARIANT(Hdim256Causal2w64s2, FwdBf16Hdim256Causal, set_tile(c, 2, 64, 2))
+JAX_FA3_VARIANT(Hdim256Causal2w80s2, FwdBf16Hdim256Causal, set_tile(c, 2, 80, 2))
 JAX_FA3_VARIANT(Hdim256CausalConditional, FwdBf16Hdim256Causal, c.softmax = Softmax::kConditional)
 JAX_FA3_VARIANT(Hdim256CausalClassical, FwdBf16Hdim256Causal, c.softmax = Softmax::kClassical)
 JAX_FA3_VARIANT(Hdim256CausalStatic, FwdBf16Hdim256Causal, c.schedule = Schedule::kStatic)
 
 #define JAX_FA3_FWD_VARIANTS_HDIM256(X) \
-  X(Hdim256Full2w64s2)                  \
+  X(Hdim256Full2w80s2)                  \
   X(Hdim256FullPingpong)                \
   X(Hdim256FullConditional)             \
   X(Hdim256FullClassical)               \
   X(Hdim256FullInOrder)                 \
   X(Hdim256FullNoSplit)                 \
-  X(Hdim256Causal2w64s2)                \
+  X(Hdim256Causal2w80s2)                \
   X(Hdim256CausalConditional)           \
   X(Hdim256CausalClassical)             \
   X(Hdim256CausalStatic)
