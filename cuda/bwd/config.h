@@ -9,14 +9,6 @@
 
 namespace jax_fa3 {
 
-// In which order a key warpgroup does a step.
-//   kTakeTurns   S, then P, then dP in the same accumulators, then dS from the rounded P, then dV
-//   and
-//                dK: where registers do not hold S and dP beside dK and dV
-//   kPrefetch    the next step's S and dP are computed behind this step's dV and dK, so that its
-//                P needs no wait
-enum class BwdOrder { kTakeTurns, kPrefetch };
-
 struct BwdConfig {
   DType dtype;
   int head_dim;  // of query, key and value
@@ -25,7 +17,6 @@ struct BwdConfig {
   int tile_m;          // queries a step
   int stages;          // depth of the query ring and of the dout ring
   int dscores_stages;  // depth of the ring of dS tiles between the key warpgroups and dQ's
-  BwdOrder order;
 
   static constexpr int kElementBytes = 2;
   // Rows of a block of dQ's accumulator; what lse, delta and dQ are padded to, whatever tile_m is.
@@ -75,8 +66,7 @@ struct BwdHdim64 {
                                    .key_warpgroups = 2,
                                    .tile_m = 128,
                                    .stages = 3,
-                                   .dscores_stages = 1,
-                                   .order = BwdOrder::kTakeTurns};
+                                   .dscores_stages = 1};
 };
 template <DType kDType, MaskKind kMask>
 struct BwdHdim128 {
@@ -86,8 +76,7 @@ struct BwdHdim128 {
                                    .key_warpgroups = 2,
                                    .tile_m = 64,
                                    .stages = 3,
-                                   .dscores_stages = 2,
-                                   .order = BwdOrder::kTakeTurns};
+                                   .dscores_stages = 2};
 };
 
 // The names a profiler prints.

@@ -1,14 +1,21 @@
 // The backward's main kernel: dK, dV, and dQ's accumulator. Outline of the roles; each has its own
 // file. FlashAttention-3 (Shah et al. 2024), Algorithm 3.
 //
-// A CTA owns 64 W keys of one head and walks over the queries that see them, 64 a step.
+// A CTA owns 64 W keys of one key head and walks over the queries that see them, tile_m a step, of
+// each query head of the group: dK and dV need no addition across CTAs, and are the same bits in
+// every run.
 //
-//   warpgroup 0      producer   one thread streams queries and dout (with lse and delta) by TMA
-//   warpgroups 1..W  keys       64 keys each: scores and their derivative again, dK and dV
-//   warpgroup W + 1  dQ         dQ of the step over all of the CTA's keys, added in memory
+//   warpgroups 0..W-1  keys   64 keys each: scores and their derivative again, dK and dV
+//   warpgroup W        dQ     one thread loads by TMA; all make dQ of the step over the CTA's keys
+//                             and add it to what other CTAs add, in memory
 //
-//   producer --q_full[s], dout_full[s]--> keys --dscores_full[s]--> dQ
-//            <--q_empty, dout_empty-----       <--dscores_empty[s]--
+//   dQ --k_full, v_full, q_full[s], dout_full[s]--> keys --dscores_full[s]--> dQ
+//                                                        <--dscores_empty[s]--
+//
+//   full (of tiles)  1 arrival, with the bytes that TMA will land
+//   dscores_full     1 arrival a key warp, after its stores; also says that the step before this
+//                    one has been read, so that its stage can be filled again
+//   dscores_empty    1 arrival a warp of dQ's
 #pragma once
 
 #include "cuda/bwd/dq.cuh"

@@ -1,6 +1,6 @@
 // A key warpgroup: dK and dV of 64 keys, in registers from the first query to the last.
 //
-// Scores are computed transposed, [64 keys, 64 queries], so that P^T and dS^T come out of the
+// Scores are computed transposed, [64 keys, tile_m queries], so that P^T and dS^T come out of the
 // tensor cores as the A operands of the next products:
 //
 //   S^T  = K Q^T      P^T  = exp2(S^T scale - lse)          dV += P^T dout
@@ -8,6 +8,15 @@
 //
 // dS^T also goes to shared memory, from which the dQ warpgroup makes dQ = dS K.
 // FlashAttention-3, Algorithm 3; the warpgroup of its own for dQ is ours.
+//
+// One step (time runs down). S^T and dP^T take turns in the same accumulators, because dK, dV and
+// both together are more than a lane's registers:
+//
+//   tensor cores        this warpgroup's lanes
+//   dP^T(m)             P^T(m), rounded
+//                       dS^T(m), rounded; handed over
+//   dV                  wait for the next queries
+//   dK, S^T(m + 1)      lse of the next queries
 #pragma once
 
 #include "cuda/bwd/work.cuh"
@@ -53,24 +62,21 @@ class KeyWarpgroup {
         first_key(), first_key() + 64, params_.seqlen_q, params_.seqlen_k, work_.diagonal, kTileM);
     const int32_t unmasked_begin = ptx::uniform(own.unmasked_begin);
 
-    ptx::mbarrier_wait(rings_.k_full, 0);
-    const int32_t total = params_.group * (work_.steps.end - work_.steps.begin);
-    if constexpr (kConfig.order == BwdOrder::kPrefetch) {
-      prefetch_steps(total, unmasked_begin, dk, dv);
-    } else {
-      take_turns(total, unmasked_begin, dk, dv);
-    }
+    walk(unmasked_begin, dk, dv);
     store(dk, params_.scale, params_.dk);
     store(dv, 1.0f, params_.dv);
   }
 
  private:
-  // No test for zero steps around the loops: gradients that come from two places meet in copies of
-  // registers, and wgmma is serialized for want of those.
-  __device__ __forceinline__ void take_turns(int32_t total, int32_t unmasked_begin,
-                                             float (&dk)[kGrads], float (&dv)[kGrads]) {
+  // All steps. No test for zero steps around the loop: gradients that come from two places meet in
+  // copies of registers, and wgmma is serialized for want of those. For the same reason there is a
+  // product for the step after the last, of tiles that are there anyway; nobody reads it.
+  __device__ __forceinline__ void walk(int32_t unmasked_begin, float (&dk)[kGrads],
+                                       float (&dv)[kGrads]) {
+    const int32_t total = params_.group * (work_.steps.end - work_.steps.begin);
     float product[kScores];
     int32_t m = work_.steps.begin;
+    ptx::mbarrier_wait(rings_.k_full, 0);
     ptx::mbarrier_wait(rings_.v_full, 0);
     if (total > 0) wait(rings_.q_full, at_);
     ptx::wgmma_fence();
@@ -90,18 +96,15 @@ class KeyWarpgroup {
       wait(rings_.dout_full, at_);
       ptx::wgmma_fence();
       issue_transposed(product, rings_.v, rings_.dout, at_.stage);
-#ifdef EXP_DELTA_EARLY
-      const Stats delta = load_stats(rings_.delta, at_.stage);
-#endif
       ptx::wgmma_wait<0>();
       ptx::fence_registers(product);
-#ifndef EXP_DELTA_EARLY
       const Stats delta = load_stats(rings_.delta, at_.stage);
-#endif
-      differentiate_rounded(probs, product, delta, dscores);
+      differentiate(probs, product, delta, dscores);
       hand_over(dscores);
 
-      fence_gradients(dk, dv, probs, dscores);
+      ptx::fence_registers(dv);
+      ptx::fence_registers(probs);
+      ptx::wgmma_fence();
       issue_gradient(dv, probs, rings_.dout);
       auto next = at_;
       if (left > 1) {
@@ -111,7 +114,6 @@ class KeyWarpgroup {
       }
       ptx::wgmma_wait<0>();
       ptx::fence_registers(dv);
-
       ptx::fence_registers(dk);
       ptx::fence_registers(dscores);
       ptx::fence_registers(product);
@@ -124,73 +126,6 @@ class KeyWarpgroup {
       ptx::fence_registers(product);
       at_ = next;
     }
-  }
-
-  // Each turn of the loop begins with the step's P^T (unrounded, in scores) and dP^T.
-  __device__ __forceinline__ void prefetch_steps(int32_t total, int32_t unmasked_begin,
-                                                 float (&dk)[kGrads], float (&dv)[kGrads]) {
-    float scores[kScores], dprobs[kScores];
-    int32_t m = work_.steps.begin;
-    ptx::mbarrier_wait(rings_.v_full, 0);
-    if (total > 0) {
-      wait(rings_.q_full, at_);
-      wait(rings_.dout_full, at_);
-    }
-    ptx::wgmma_fence();
-    issue_transposed(scores, rings_.k, rings_.q, at_.stage);
-    issue_transposed(dprobs, rings_.v, rings_.dout, at_.stage);
-    ptx::wgmma_wait<0>();
-    ptx::fence_registers(scores);
-    ptx::fence_registers(dprobs);
-    if (m < unmasked_begin) mask(m, scores);
-    exponentiate(scores, load_stats(rings_.lse_log2, at_.stage));
-    Stats delta = load_stats(rings_.delta, at_.stage);
-
-#pragma unroll 1
-    for (int32_t left = total; left > 0; --left) {
-      uint32_t probs[kScores / 2], dscores[kScores / 2];
-      differentiate(scores, dprobs, delta, probs, dscores);
-      hand_over(dscores);
-
-      // Behind the last step its own tiles are multiplied once more, and the result unused: a
-      // product that is sometimes there and sometimes not, ptxas serializes.
-      auto next = at_;
-      if (left > 1) {
-        next.advance();
-        if (++m == work_.steps.end) m = work_.steps.begin;
-        wait(rings_.q_full, next);
-        wait(rings_.dout_full, next);
-      }
-      fence_gradients(dk, dv, probs, dscores);
-      issue_gradient(dv, probs, rings_.dout);
-      issue_gradient(dk, dscores, rings_.q);
-      ptx::fence_registers(scores);
-      ptx::fence_registers(dprobs);
-      ptx::wgmma_fence();
-      issue_transposed(scores, rings_.k, rings_.q, next.stage);
-      issue_transposed(dprobs, rings_.v, rings_.dout, next.stage);
-      const Stats lse = load_stats(rings_.lse_log2, next.stage);
-      ptx::wgmma_wait<1>();
-      ptx::fence_registers(dv);
-      ptx::fence_registers(dk);
-      ptx::fence_registers(scores);
-      at_ = next;
-      if (m < unmasked_begin) mask(m, scores);
-      exponentiate(scores, lse);
-      delta = load_stats(rings_.delta, at_.stage);
-      ptx::wgmma_wait<0>();
-      ptx::fence_registers(dprobs);
-    }
-  }
-
-  __device__ __forceinline__ void fence_gradients(float (&dk)[kGrads], float (&dv)[kGrads],
-                                                  uint32_t (&probs)[kScores / 2],
-                                                  uint32_t (&dscores)[kScores / 2]) {
-    ptx::fence_registers(dv);
-    ptx::fence_registers(dk);
-    ptx::fence_registers(probs);
-    ptx::fence_registers(dscores);
-    ptx::wgmma_fence();
   }
 
   // Waits for a stage's tiles.
@@ -279,29 +214,11 @@ class KeyWarpgroup {
     }
   }
 
-  // P^T and dP^T -> P^T and dS^T, rounded. Both at once: registers of one pair of numbers become
-  // those of another, and that is all there are.
-  __device__ __forceinline__ void differentiate(const float (&scores)[kScores],
+  // dS^T, rounded, from the rounded P^T: registers do not hold the unrounded one beside dP^T, dK
+  // and dV. One rounding more, of the size of the one that follows.
+  __device__ __forceinline__ void differentiate(const uint32_t (&probs)[kScores / 2],
                                                 const float (&dprobs)[kScores], const Stats& stats,
-                                                uint32_t (&probs)[kScores / 2],
                                                 uint32_t (&dscores)[kScores / 2]) {
-#pragma unroll
-    for (int j = 0; j < kTileM / 8; ++j) {
-      const float2 delta = stats.pairs[j];
-#pragma unroll
-      for (int i = 4 * j; i < 4 * j + 4; i += 2) {
-        probs[i / 2] = pack<kConfig.dtype>(scores[i], scores[i + 1]);
-        dscores[i / 2] = pack<kConfig.dtype>(scores[i] * (dprobs[i] - delta.x),
-                                             scores[i + 1] * (dprobs[i + 1] - delta.y));
-      }
-    }
-  }
-
-  // The same where P^T has been rounded already.
-  __device__ __forceinline__ void differentiate_rounded(const uint32_t (&probs)[kScores / 2],
-                                                        const float (&dprobs)[kScores],
-                                                        const Stats& stats,
-                                                        uint32_t (&dscores)[kScores / 2]) {
 #pragma unroll
     for (int j = 0; j < kTileM / 8; ++j) {
       const float2 delta = stats.pairs[j];
