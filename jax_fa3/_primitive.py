@@ -325,7 +325,7 @@ def _call_kernels(ctx, target, operands, avals_in, results, workspace_bytes, *, 
     avals = dict(zip(names, avals_in, strict=False))
     t, s = avals["query"].shape[-3], avals["key"].shape[-3]
     has_offset = "query_offset" in names
-    diagonal = s - t if spec.causal_alignment == "bottom_right" and not has_offset else 0
+    diagonal = 0 if has_offset else _diagonal(spec, t, s)
     workspace = jax.core.ShapedArray((workspace_bytes,), np.dtype(np.uint8))
     rule = jax.ffi.ffi_lowering(target)
     out = rule(
@@ -337,6 +337,24 @@ def _call_kernels(ctx, target, operands, avals_in, results, workspace_bytes, *, 
         has_query_offset=np.bool_(has_offset),
     )
     return list(out)[:-1]
+
+
+def _diagonal(spec, t, s):
+    """Query t sees keys s <= t + this, where no query_offset says otherwise."""
+    return s - t if spec.causal_alignment == "bottom_right" else 0
+
+
+def _silence_unseen_rows(ctx, arguments, avals_in, *, lse, dout):
+    """Zeros dout where a row saw no key: the kernels multiply it by 0, and NaN would stay NaN."""
+
+    def silence(lse, dout):
+        unseen = jnp.swapaxes(jnp.isneginf(lse), -1, -2)[..., None]
+        return [jnp.where(unseen, jnp.zeros_like(dout), dout)]
+
+    plain = [jax.core.ShapedArray(avals_in[i].shape, avals_in[i].dtype) for i in (lse, dout)]
+    rule = mlir.lower_fun(silence, multiple_results=True)
+    ctx = ctx.replace(avals_in=plain, avals_out=plain[1:])
+    (arguments[dout],) = rule(ctx, arguments[lse], arguments[dout])
 
 
 def _problem(names, avals_in, batch, spec):
@@ -402,6 +420,9 @@ def _lower_backward_cuda(ctx, *operands, names, spec):
         arguments[i], avals_in[i] = _full_batch(
             ctx, arguments[i], avals_in[i], (*batch, *core), dtype
         )
+    t_k = avals_in[names.index("key")].shape[-3]
+    if "query_offset" in names or (spec.is_causal and _diagonal(spec, t, t_k) < 0):
+        _silence_unseen_rows(ctx, arguments, avals_in, lse=count + 1, dout=count + 2)
     module = _native.extension()
     assert module is not None
     return _call_kernels(

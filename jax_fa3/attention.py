@@ -183,7 +183,8 @@ def export_disabled_checks() -> list[Any]:
     """
     import jax.export
 
-    return [jax.export.DisabledSafetyCheck.custom_call(_native.FWD_TARGET)]
+    targets = (_native.FWD_TARGET, _native.BWD_TARGET)
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
 
 # --- questions about a call ---

@@ -261,6 +261,23 @@ def test_what_sees_nothing_has_zero_gradients(t, s, mask, h, dtype):
 
 
 @head_dims
+def test_nan_cotangents_of_what_sees_nothing_are_silenced(h):
+    args, (dout, dlse) = problem(t=200, s=70, h=h)
+    unseen = np.arange(200) < 130
+    poisoned = [
+        np.where(unseen.reshape(1, -1, *[1] * (x.ndim - 2)), value, x).astype(x.dtype)
+        for value in (0, np.nan)
+        for x in (dout, dlse)
+    ]
+    options = {"is_causal": True, "causal_alignment": "bottom_right"}
+    zeros, nans = (compiled(**options)(args, tuple(poisoned[i : i + 2])) for i in (0, 2))
+    for name, x, want in zip(("dq", "dk", "dv"), nans, zeros):
+        assert np.isfinite(np.asarray(x, np.float32)).all(), name
+        assert_close(x, want)  # dq is added in no fixed order
+    assert not np.asarray(nans[0], np.float32)[:, :130].any()
+
+
+@head_dims
 def test_the_gradient_of_lse_alone(h):
     """d lse / d query is the probabilities' mean of the keys; values get none."""
     args, (dout, dlse) = problem(t=150, s=190, h=h)
