@@ -16,9 +16,10 @@ from helpers import FWD_TARGET
 
 from jax_fa3 import _native
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(REPOSITORY / "benchmarks"))
 # The one place that knows where the counters lie.
-import fwd_workspace  # pyright: ignore[reportMissingImports]
+import fwd_workspace  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def extension() -> Any:

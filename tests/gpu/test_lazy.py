@@ -7,16 +7,18 @@ among the first keys. Every configuration is tested, also those that the plan ke
 # Options and arrays reach typed functions through ** and *.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+import re
+
 import direct
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bounds import check_against_float32, yardsticks
+from bounds import check_against_float32, check_against_numpy, yardsticks
 from direct import configurations, fwd_workspace
 from helpers import normal
-from kernel_helpers import DTYPES, HEAD_DIMS
+from kernel_helpers import DTYPES, HEAD_DIMS, see_causal
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 head_dims = pytest.mark.parametrize("h", HEAD_DIMS)
@@ -177,10 +179,21 @@ def test_peaked_rows_are_done_again(factor, diagonal, h, dtype):
     assert all(least <= count <= ALL_GROUPS for count in redone), redone
 
 
-# The largest rise in nats that needs no redo, from float32's 2^120 and float16's 2^16 of which the
-# kernel keeps 2^6 below 1. The reference is a maximum of a few standard normal numbers, so that
-# the edge itself is a few nats wide.
-EDGES = {"bfloat16": 120 * np.log(2), "float16": 22 * np.log(2)}
+def float16_headroom():
+    """Bits below 1 that the kernels keep for float16's probabilities."""
+    source = direct.REPOSITORY / "cuda" / "core" / "softmax.cuh"
+    found = re.search(r"kHeadroomLog2 =[^;]*\? ([\d.]+)f : 0\.0f;", source.read_text())
+    assert found, f"{source} says it in another way"
+    return float(found[1])
+
+
+# The largest rise in nats that needs no redo: the net accepts sums up to 2^120, and float16 ends at
+# 2^16. The reference is a maximum of a few standard normal numbers, so the edge itself is a few
+# nats wide.
+EDGES = {
+    "bfloat16": 120 * np.log(2),
+    "float16": (16 + float16_headroom()) * np.log(2),
+}
 
 
 @dtypes
@@ -210,6 +223,32 @@ def test_float16_probabilities_far_below_one(h, diagonal):
     assert not any(checked(along_one_channel((q, k, v), ones, high), diagonal).values())
     # And outputs up to float16's largest.
     assert not any(checked((q, k, jnp.clip(v * 20000, -65000, 65000)), diagonal).values())
+
+
+@dtypes
+@head_dims
+@pytest.mark.parametrize("rise", [10, 12, 13, 14, 15, 16, 18])
+def test_small_weights_of_many_keys_add_up(rise, h, dtype):
+    """16k keys behind a reference that is so much higher: 1 % of the weight, none to be lost.
+
+    In float16 each is a denormal number, or would be 0 with too much headroom. The values' mean is
+    1, so that what is lost shows. Causal tiles are never cut: one reference for all.
+    """
+    s, t = 16384, 64
+    q, k, v = (
+        helpers.fresh_rng().standard_normal((1, x, n, h), np.float32)
+        for x, n in ((t, 2), (s, 1), (s, 1))
+    )
+    q[..., 0], k[..., 0] = np.sqrt(h), 0
+    k[:, -t:, :, 0] = rise
+    args = tuple(x.astype(dtype) for x in (q, k, 1 + v / 8))
+    for name in configurations(dtype, h, causal=True):
+        result = direct.run(name, *args, diagonal=s - t)
+        assert result.redone == 0
+        try:
+            check_against_numpy(result, args, see_causal(t, s, s - t))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
 
 
 @dtypes
