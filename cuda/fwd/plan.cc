@@ -212,8 +212,7 @@ std::string describe(const Problem& problem, const FwdPlan& plan) {
        << c.stages << " stages, " << c.consumer_warpgroups << " consumer warpgroups ("
        << (c.warp_specialized ? std::to_string(c.consumer_registers()) + " registers"
                               : "loading for themselves")
-       << ")" << (c.overlap ? ", overlap" : "")
-       << (c.pingpong ? ", pingpong" : "")
+       << ")" << (c.overlap ? ", overlap" : "") << (c.pingpong ? ", pingpong" : "")
        << (c.softmax == Softmax::kLazy          ? ", lazy reference"
            : c.softmax == Softmax::kConditional ? ", conditional rescale"
                                                 : "")
