@@ -1,4 +1,5 @@
 # make demo    trains a small language model with jax_fa3 attention (examples/train_lm.py); FLAGS="--steps 50" for flags
+# make gputest the tests of tests/gpu, and a failure where there is no Hopper GPU
 # make test    the whole test suite; PYTEST="-k causal" for pytest's own arguments
 # make lint    ruff, clang-format, pyright, buildifier          make format   what of it can be repaired by a tool
 # make kernels compiles the kernels and checks what the compiler made of them (tools/check_kernels.py)
@@ -14,7 +15,7 @@ PYTEST ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test gtest lint format kernels wheel bench clean
+.PHONY: help demo test gputest gtest lint format kernels wheel bench clean
 
 # The set of versions that CI pins; other Pythons take the newest that pyproject.toml allows. CONSTRAINTS= turns it off.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -77,6 +78,11 @@ demo: $(call needs,demo)
 test: $(call needs,test) gtest
 	$(say_gpu)
 	$(PY) -m pytest $$($(PY) -c 'import pytest_timeout, xdist' 2>/dev/null && printf '%s ' -n $(WORKERS) --timeout 600) $(if $(filter 1,$(JAX_FA3_STRICT)),-W error) $(PYTEST)
+
+# The tests of the kernels, on a Hopper GPU or not at all; XLA's search for the fastest GEMM would take longer than they do.
+gputest: $(call needs,test)
+	XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_FA3_REQUIRE_GPU=1 JAX_FA3_REQUIRE_EXTENSION=1 \
+	  $(PY) -m pytest -m gpu tests/gpu -n $(WORKERS) $(PYTEST)
 
 gtest: $(call needs,test)
 	@if ! echo '#include <gtest/gtest.h>' | $${CXX:-c++} -x c++ -E - >/dev/null 2>&1; then \
