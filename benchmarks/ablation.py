@@ -1,8 +1,8 @@
 """Measures what each technique of the forward kernels is worth, one configuration against another.
 
-    cmake -S . -B build/ablation -G Ninja -DCMAKE_BUILD_TYPE=Release -DJAX_FA3_ABLATION=ON
-    cmake --build build/ablation
-    python benchmarks/ablation.py --extension=build/ablation/_jax_fa3.abi3.so \
+    cmake -S . -B build/variants/ablation -G Ninja -DCMAKE_BUILD_TYPE=Release -DJAX_FA3_ABLATION=ON
+    cmake --build build/variants/ablation
+    python benchmarks/ablation.py --extension=build/variants/ablation/_jax_fa3.abi3.so \
         --output=benchmarks/results/ablation.json
     python benchmarks/ablation.py --smoke --output=/tmp/smoke.json     # any machine, seconds
 
@@ -338,6 +338,7 @@ def times_query(inputs, factor):
 def measure_row(row, configs, kernels, rules, clock):
     """One entry of the results file. `rules` is {rule: configuration} where peaked inputs count."""
     jobs: dict = {(row, "reference"): functools.partial(harness.compile_reference, row)}
+    jobs[row, "check"] = functools.partial(harness.warm_up, row)
     for config in configs:
         jobs[row, config] = lambda config=config: harness.compile_for(
             first_of(kernels.call(row, config)), row

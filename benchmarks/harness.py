@@ -144,11 +144,14 @@ class Unavailable(Exception):
 
 
 @functools.partial(jax.jit, static_argnums=1)
+def _random_inputs(key, shapes):
+    keys = jax.random.split(key, len(shapes))
+    return tuple(jax.random.normal(k, x, jnp.bfloat16) for k, x in zip(keys, shapes, strict=True))
+
+
 def random_inputs(key, row):
     """query, key and value of the row, bfloat16, standard normal."""
-    shapes = (row.query_shape, row.key_shape, row.key_shape)
-    keys = jax.random.split(key, 3)
-    return tuple(jax.random.normal(k, x, jnp.bfloat16) for k, x in zip(keys, shapes, strict=True))
+    return _random_inputs(key, (row.query_shape, row.key_shape, row.key_shape))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,6 +179,21 @@ def compile_reference(row):
         return reference_attention(taken, key, value, causal=row.causal, positions=rows)
 
     return compile_for(reference, row, **options)
+
+
+def warm_up(row):
+    """Compiles what a check of the row needs beside the reference, where others compile too.
+
+    One problem after another in a mode of many shapes, these would take longer than the timings.
+    """
+    shapes = (row.query_shape, row.key_shape, row.key_shape)
+    _random_inputs.lower(jax.random.key(0), shapes).compile()
+    rows = checked_rows(row)
+    batch, seqlen, heads, head_dim = row.query_shape
+    checked = (batch, seqlen if rows is None else len(rows), heads, head_dim)
+    errors_against.lower(
+        jax.ShapeDtypeStruct(checked, jnp.bfloat16), jax.ShapeDtypeStruct(checked, jnp.float32)
+    ).compile()
 
 
 def one_line(error):
