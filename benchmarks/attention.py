@@ -1,6 +1,7 @@
 """Times jax_fa3's attention beside its peers, in one process on one device.
 
     python benchmarks/attention.py --output=benchmarks/results/forward.json
+    python benchmarks/attention.py --mode=backward --output=benchmarks/results/backward.json
     python benchmarks/attention.py --mode=length --output=benchmarks/results/memory.json
     python benchmarks/attention.py --mode=shapes --output=benchmarks/results/shapes.json
     python benchmarks/attention.py --mode=launch --output=benchmarks/results/launch.json
@@ -9,6 +10,7 @@
 
 mode grid    forward, the FlashAttention-3 paper's grid: 16k tokens, hidden size 2048, head dims
              64, 128 and 256, full and causal, sequences of 512 to 16384.
+mode backward  the same grid, the backward pass alone, from what the forward pass saved.
 mode length  time and memory against sequence length, forward and gradient, batch 1, causal.
 mode shapes  forward beyond the grid: one long sequence, grouped heads, an odd length, fewer tiles
              than the GPU has multiprocessors, many heads, lengths that differ.
@@ -34,7 +36,10 @@ from harness import Row, Unavailable
 from peers import GRID_HIDDEN, GRID_SEQLENS, GRID_TOKENS, PEERS
 
 _MODE = flags.DEFINE_enum(
-    "mode", "grid", ["grid", "length", "shapes", "launch"], "What to measure; see the module."
+    "mode",
+    "grid",
+    ["grid", "backward", "length", "shapes", "launch"],
+    "What to measure; see the module.",
 )
 _ROWS = flags.DEFINE_list(
     "rows",
@@ -127,7 +132,7 @@ def launch_rows(head_dims=(128, 64, 256), seqlens=(128, 256, 512), heads=16):
 
 def rows_of(mode, smoke):
     """The rows of a mode; tiny ones for a smoke run."""
-    if mode == "grid":
+    if mode in ("grid", "backward"):
         return grid_rows(256, 128, (64,), (64, 128)) if smoke else grid_rows()
     if mode == "length":
         return length_rows(128, 256, 2, 64) if smoke else length_rows(last=_MAX_SEQLEN.value)
@@ -151,7 +156,7 @@ def default_peers():
     """On a GPU all but jax_fa3's xla path, which is no competitor there; elsewhere what runs."""
     if jax.default_backend() != "gpu":
         return ["xla", "jnp"]
-    if _MODE.value == "shapes":
+    if _MODE.value in ("backward", "shapes"):
         return ["fa3", "cudnn", "tokamax"]
     if _MODE.value == "launch":
         return ["fa3", "cudnn"]
@@ -232,8 +237,14 @@ def measure_row(row, compiled, reference, clock):
         "sm_clock_mhz": clock.median_since(start),
         "plan": _plan(row) if "fa3" in runs else None,
     }
+    return _with_ratios(measured, row)
+
+
+def _with_ratios(measured, row, backward=False):
+    """`measured` with FlashAttention-3's place, and our speed over each peer's."""
+    entries = measured["peers"]
     cudnn = entries.get("cudnn", {}).get("tflops")
-    if cudnn and (x := implementations.flash_attention_3_over_cudnn(row)):
+    if cudnn and (x := implementations.flash_attention_3_over_cudnn(row, backward)):
         measured["flash_attention_3"] = {"over_cudnn": x, "tflops": x * cudnn}
     ours = entries.get("fa3", {}).get("tflops")
     if ours:
@@ -257,6 +268,95 @@ def _row_text(measured):
     if "flash_attention_3" in measured:
         parts.append(f"FA3~ {measured['flash_attention_3']['tflops']:.0f}")
     return f"{measured['name']:>24}  " + "  ".join(parts) + "  TFLOP/s"
+
+
+def split_vjp(attention):
+    """(forward, backward): (q, k, v) -> (out, residuals), (residuals, dout) -> (dq, dk, dv).
+
+    Lower the first before the second: tracing it says how the residuals are put together.
+    """
+    structure = []
+
+    def forward(query, key, value):
+        out, pullback = jax.vjp(attention, query, key, value)
+        residuals, tree = jax.tree.flatten(pullback)
+        structure[:] = [tree]
+        return out, residuals
+
+    def backward(residuals, dout):
+        return jax.tree.unflatten(structure[0], residuals)(dout)
+
+    return forward, backward
+
+
+def _compile_backward(peer, row):
+    """(compiled forward, compiled backward) of split_vjp."""
+    forward, backward = split_vjp(_attention(peer, row))
+    saved = harness.compile_for(forward, row)
+    out, residuals = jax.eval_shape(forward, *harness.input_types(row))
+    lowered = jax.jit(backward).lower(residuals, jax.ShapeDtypeStruct(out.shape, out.dtype))
+    return saved, lowered.compile()
+
+
+def _compile_reference_gradients(row):
+    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
+    reference = functools.partial(harness.reference_gradients, causal=row.causal)
+    types = harness.input_types(row)
+    return jax.jit(reference).lower(*types, types[0]).compile(options)
+
+
+def measure_backward(rows, peers, results, yardstick, clock):
+    """The backward pass of every row with every peer. Returns the names that failed their check."""
+    failed = []
+    for chunk in harness.chunks(rows, 12):
+        if results.out_of_time():
+            break
+        jobs = {}
+        for row in chunk:
+            jobs[row, "reference"] = functools.partial(_compile_reference_gradients, row)
+            for peer in peers:
+                jobs[row, peer] = functools.partial(_compile_backward, peer, row)
+        compiled = harness.compile_all(jobs)
+        for row in chunk:
+            if results.out_of_time():
+                break
+            by_peer = {peer: compiled.pop((row, peer)) for peer in peers}
+            measured = measure_backward_row(row, by_peer, compiled.pop((row, "reference")), clock)
+            yardstick.measure()
+            results.save(measured, gemm=yardstick.summary())
+            failed += _report_of(measured)
+            print(_row_text(measured), flush=True)
+    return failed
+
+
+def measure_backward_row(row, compiled, reference, clock):
+    """Checks and times one row; returns its entry of the results file."""
+    inputs = harness.random_inputs(jax.random.key(row.seqlen + row.head_dim), row)
+    dout = harness.random_inputs(jax.random.key(row.seqlen), row)[0]
+    expected = _expected(row, reference, (*inputs, dout))
+    entries, runs = {}, {}
+    for peer, pair in compiled.items():
+        if isinstance(pair, str):
+            entries[peer] = {"skipped": pair}
+            continue
+        forward, backward = pair
+
+        def prepare(forward=forward, backward=backward, expected=expected):
+            out, residuals = forward(*inputs)
+            run = functools.partial(backward, residuals)
+            return run, harness.check_gradients(run(dout.astype(out.dtype)), expected)
+
+        prepared, failure = harness.fail_or_result(prepare)
+        if prepared is None:
+            entries[peer] = {"skipped": failure}
+            continue
+        run, entries[peer] = prepared
+        if entries[peer]["ok"]:
+            runs[peer] = run
+    start = time.monotonic()
+    harness.time_all(row, entries, runs, (dout,), passes=2.5)
+    measured = {**row.fields(), "peers": entries, "sm_clock_mhz": clock.median_since(start)}
+    return _with_ratios(measured, row, backward=True)
 
 
 def looped(attention, calls):
@@ -465,6 +565,7 @@ def _length_text(measured, passes):
 
 MEASURE = {
     "grid": measure_forward,
+    "backward": measure_backward,
     "length": measure_length,
     "shapes": measure_forward,
     "launch": measure_launch,
@@ -487,8 +588,8 @@ def main(argv):
     if not rows:
         raise app.UsageError(f"--rows={','.join(_ROWS.value)} names no row")
     if _CONFIG.value:
-        if mode == "length":
-            raise app.UsageError("--config forces a forward kernel; mode length has gradients")
+        if mode in ("backward", "length"):
+            raise app.UsageError(f"--config forces a forward kernel; mode {mode} has gradients")
         try:
             why = rows_not_for(implementations.extension(), _CONFIG.value, rows)
         except Unavailable as reason:

@@ -62,6 +62,8 @@ COMMIT = flags.DEFINE_string("commit", None, "Commit, where git cannot tell. Onl
 # to bfloat16 leaves 2e-3 to 4e-3; a wrong or unwritten block of rows leaves about 1.
 MAX_RELATIVE_ERROR = 1e-2
 MAX_BLOCK_ERROR = 2e-2
+# Of gradients: few queries see the last keys of a causal mask, which leaves little to compare with.
+MAX_GRADIENT_BLOCK_ERROR = 5e-2
 ERROR_BLOCK = 64  # rows
 
 # Scores of the reference that are worked out at most for one check: past this a sample of the
@@ -159,11 +161,15 @@ def random_inputs(key, row):
 # --------------------------------------------------------------------------------------------------
 
 
+def input_types(row):
+    """Of query, key and value."""
+    shapes = (row.query_shape, row.key_shape, row.key_shape)
+    return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+
 def compile_for(function, row, **compiler_options):
     """`function` compiled for the row's inputs, so that no call ever compiles."""
-    shapes = (row.query_shape, row.key_shape, row.key_shape)
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    return jax.jit(function).lower(*inputs).compile(compiler_options)
+    return jax.jit(function).lower(*input_types(row)).compile(compiler_options)
 
 
 def compile_reference(row):
@@ -283,6 +289,47 @@ def reference_attention(query, key, value, *, causal, positions=None):
     return jnp.moveaxis(out.reshape(batch, heads, seqlen, head_dim), 1, 2)
 
 
+def reference_gradients(query, key, value, dout, *, causal):
+    """Gradients of dense attention in float32, written out, one head at a time; equal heads.
+
+    Args: query, key, value, dout: [B, T, N, H].
+    Returns: dq, dk, dv, float32, [B, T, N, H].
+    """
+    batch, seqlen, heads, head_dim = query.shape
+    matmul = functools.partial(jnp.matmul, precision="highest")
+
+    def one_head(inputs):
+        q, k, v, do = (x.astype(jnp.float32) for x in inputs)
+        scores = matmul(q, k.T) / math.sqrt(head_dim)
+        if causal:
+            steps = jnp.arange(seqlen)
+            scores = jnp.where(steps[:, None] >= steps[None, :], scores, -jnp.inf)
+        probs = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        probs /= probs.sum(axis=-1, keepdims=True)
+        dprobs = matmul(do, v.T)
+        dscores = probs * (dprobs - (probs * dprobs).sum(axis=-1, keepdims=True))
+        dscores /= math.sqrt(head_dim)
+        return matmul(dscores, k), matmul(dscores.T, q), matmul(probs.T, do)
+
+    def by_head(x):
+        return jnp.moveaxis(x, 2, 1).reshape(batch * heads, seqlen, head_dim)
+
+    at_once = max(1, min(batch * heads, 2**27 // seqlen**2))
+    grads = jax.lax.map(
+        one_head, tuple(by_head(x) for x in (query, key, value, dout)), batch_size=at_once
+    )
+    return [jnp.moveaxis(x.reshape(batch, heads, seqlen, head_dim), 1, 2) for x in grads]
+
+
+def check_gradients(gradients, reference):
+    """{"relative_error", "worst_block_error", "ok"}: the worst of dq, dk and dv."""
+    errors = [errors_against(*pair) for pair in zip(gradients, reference, strict=True)]
+    error, worst = (max(map(float, column)) for column in zip(*errors, strict=True))
+    finite = all(math.isfinite(x) for pair in errors for x in map(float, pair))
+    ok = finite and error <= MAX_RELATIVE_ERROR and worst <= MAX_GRADIENT_BLOCK_ERROR
+    return {"relative_error": error, "worst_block_error": worst, "ok": ok}
+
+
 @jax.jit
 def errors_against(out, reference):
     """(relative error of the whole, the worst of any ERROR_BLOCK rows of a head), 2-norms."""
@@ -374,8 +421,11 @@ def time_interleaved(runs, inputs, rounds, min_seconds):
     return seconds
 
 
-def time_all(row, entries, runs, inputs):
-    """Adds "seconds", "rounds" and "tflops" to the entries of `runs`."""
+def time_all(row, entries, runs, inputs, passes=1):
+    """Adds "seconds", "rounds" and "tflops" to the entries of `runs`.
+
+    `passes`: how many forward passes' operations a run counts for; backward 2.5, as the papers do.
+    """
     if not runs:
         return
     timed = time_interleaved(runs, inputs, ROUNDS.value, MIN_SECONDS.value)
@@ -384,7 +434,7 @@ def time_all(row, entries, runs, inputs):
         entries[name] |= {
             "seconds": median,
             "rounds": seconds,
-            "tflops": row.flops / median / 1e12,
+            "tflops": passes * row.flops / median / 1e12,
         }
 
 

@@ -57,7 +57,7 @@ PEER_COLOURS = {
 
 
 DOCUMENTS = {
-    "README.md": ("forward", "demo_h200"),
+    "README.md": ("forward", "backward", "demo_h200"),
     "docs/performance.md": ("forward_plot", "shapes", "launch", "memory", "cpu"),
     "docs/ablation.md": (
         "ablation_paper",
@@ -161,8 +161,8 @@ def _median(values):
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
 
-def forward_block(results):
-    """The forward grid, one line a problem, with the ratios that matter."""
+def grid_block(results, what):
+    """The grid, one line a problem, with the ratios that matter; `what` is the pass."""
     peers = _peers_of(results)
     against = [peer for peer in ("cudnn", "flash_attention_3") if peer in peers and "fa3" in peers]
     names = {**PEER_NAMES, "flash_attention_3": "FA3*"}
@@ -175,7 +175,7 @@ def forward_block(results):
         cells += [three_digits(_tflops(row, peer)) for peer in peers]
         cells += [f"{ratios[peer]:.2f}" if peer in ratios else "–" for peer in against]
         table.append(cells)
-    lines = ["TFLOP/s, forward, bfloat16, 16k tokens, hidden size 2048; higher is better."]
+    lines = [f"TFLOP/s, {what}, bfloat16, 16k tokens, hidden size 2048; higher is better."]
     for peer in against:
         ratios = [row["fa3_over"][peer] for row in results["rows"] if peer in row["fa3_over"]]
         lines.append(
@@ -755,7 +755,7 @@ def generate(repository):
     blocks, figures = {}, {}
     grid = load(repository, "forward.json", "attention_grid")
     if grid and grid["rows"]:
-        blocks["forward"] = forward_block(grid)
+        blocks["forward"] = grid_block(grid, "forward")
         blocks["forward_plot"] = (
             "![TFLOP/s against sequence length, for each head dim and mask](figures/forward.svg)"
         )
@@ -763,6 +763,12 @@ def generate(repository):
     else:
         blocks["forward"] = _not_measured("forward.json", "benchmarks/attention.py")
         blocks["forward_plot"] = "There is no plot yet: it is drawn from the same results."
+    backward = load(repository, "backward.json", "attention_backward")
+    blocks["backward"] = (
+        grid_block(backward, "backward")
+        if backward and backward["rows"]
+        else _not_measured("backward.json", "benchmarks/attention.py --mode=backward")
+    )
     shapes = load(repository, "shapes.json", "attention_shapes")
     blocks["shapes"] = (
         shapes_block(shapes, grid)

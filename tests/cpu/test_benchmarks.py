@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -86,6 +87,38 @@ def test_the_grid_checks_and_times_every_peer_that_can_run(tmp_path):
     assert results["missing_rows"] == []
     assert results["gemm"]["tflops"] > 0
     assert results["code"]["tree_hashes"]["jax_fa3"]
+
+
+def test_mode_backward_times_the_pullback_alone(tmp_path):
+    process, results = run_benchmark(tmp_path, "--mode=backward", "--rows=64-causal-*")
+
+    assert process.returncode == 0, process.stderr
+    assert results["kind"] == "attention_backward_smoke"
+    assert [row["seqlen"] for row in results["rows"]] == [64, 128]
+    for row in results["rows"]:
+        for entry in row["peers"].values():
+            assert entry["ok"], entry
+            assert entry["tflops"] == pytest.approx(
+                2.5 * row["flops"] / entry["seconds"] / 1e12, rel=1e-3
+            )
+
+
+def test_the_reference_gradients_are_those_of_the_reference(harness):
+    row = harness.Row(16, "causal", 96, 2, 3)
+    inputs = harness.random_inputs(jax.random.key(0), row)
+    dout = harness.random_inputs(jax.random.key(1), row)[0]
+    attention = functools.partial(harness.reference_attention, causal=True)
+    wide = [x.astype(jnp.float32) for x in inputs]
+    expected = jax.vjp(attention, *wide)[1](dout.astype(jnp.float32))
+    found = harness.reference_gradients(*inputs, dout, causal=True)
+    for x, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, want, atol=1e-4)
+    good = harness.check_gradients(expected, found)
+    assert good["ok"]
+    assert not harness.check_gradients((expected[0], expected[1] * 2, expected[2]), found)["ok"]
+    assert not harness.check_gradients((expected[0], expected[1] * np.nan, expected[2]), found)[
+        "ok"
+    ]
 
 
 def test_mode_length_gives_time_and_memory_of_both_passes(tmp_path):
@@ -404,7 +437,7 @@ def test_the_report_says_what_is_not_measured(report, checkout):
 
     readme = (repository / "README.md").read_text()
     assert "`benchmarks/attention.py` gives `benchmarks/results/forward.json`" in readme
-    assert readme.count("Not measured yet") == 2
+    assert readme.count("Not measured yet") == 3
     assert (repository / "docs/performance.md").read_text().count("Not measured yet") == 4
     assert (repository / "docs/ablation.md").read_text().count("Not measured yet") == 6
     assert not (repository / "docs" / "figures").exists()
