@@ -421,7 +421,7 @@ def time_interleaved(runs, inputs, rounds, min_seconds):
     return seconds
 
 
-def time_all(row, entries, runs, inputs, passes=1):
+def time_all(row, entries, runs, inputs, passes=1.0):
     """Adds "seconds", "rounds" and "tflops" to the entries of `runs`.
 
     `passes`: how many forward passes' operations a run counts for; backward 2.5, as the papers do.
