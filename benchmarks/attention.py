@@ -26,6 +26,7 @@ import math
 import statistics
 import sys
 import time
+from typing import Any
 
 import harness
 import jax
@@ -299,7 +300,9 @@ def _compile_backward(peer, row):
 
 
 def _compile_reference_gradients(row):
-    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
+    options: dict[str, Any] = (
+        {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
+    )
     reference = functools.partial(harness.reference_gradients, causal=row.causal)
     types = harness.input_types(row)
     return jax.jit(reference).lower(*types, types[0]).compile(options)
