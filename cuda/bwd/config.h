@@ -110,4 +110,9 @@ inline constexpr NamedBwdConfig kBwdConfigs[] = {JAX_FA3_BWD_CONFIGS(JAX_FA3_NAM
 #undef JAX_FA3_NAMED
 inline constexpr size_t kBwdConfigCount = sizeof(kBwdConfigs) / sizeof(kBwdConfigs[0]);
 
+#define JAX_FA3_FITS(config) \
+  static_assert(config::value.fits(), #config ": does not fit a multiprocessor");
+JAX_FA3_BWD_CONFIGS(JAX_FA3_FITS)
+#undef JAX_FA3_FITS
+
 }  // namespace jax_fa3

@@ -171,10 +171,10 @@ class KeyWarpgroup {
   // that need it, because registers that are held through the others are what there is least of.)
   __device__ __forceinline__ void mask(int32_t m, float (&scores)[kScores]) {
     const int32_t key = first_key() + accumulator_row();
-    const int32_t column = m * kTileM + accumulator_column();
+    const int32_t first = m * kTileM + accumulator_column();
     int32_t limit[2] = {
-        first_visible_query<kConfig.mask>(key, params_.seqlen_k, work_.diagonal) - column,
-        first_visible_query<kConfig.mask>(key + 8, params_.seqlen_k, work_.diagonal) - column};
+        first_visible_query<kConfig.mask>(key, params_.seqlen_k, work_.diagonal) - first,
+        first_visible_query<kConfig.mask>(key + 8, params_.seqlen_k, work_.diagonal) - first};
     // Without a causal mask a row is seen by all or by none. ptxas must not make a branch of that:
     // it would diverge, and wgmma around it be serialized.
     asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));
@@ -185,8 +185,9 @@ class KeyWarpgroup {
     }
   }
 
-  // A stage's lse or delta at the lane's columns 8 j and 8 j + 1. To be loaded before a wait for
-  // the tensor cores, not behind it: while they read shared memory, these take hundreds of cycles.
+  // A stage's lse or delta at the lane's columns 8 j and 8 j + 1. Better loaded before a wait for
+  // the tensor cores than behind it: while they read shared memory, these take hundreds of cycles.
+  // So is lse; for delta there are no registers left before its wait (ptxas spills 8 to 80 bytes).
   struct Stats {
     float2 pairs[kTileM / 8];
   };
@@ -282,10 +283,9 @@ class KeyWarpgroup {
   const BwdRings<Config>& rings_;
   const KeyWork& work_;
   const int warpgroup_;
-  uint32_t leader_;      // of the warp: arrives at barriers
-  uint32_t stats_lane_;  // byte offset of the lane's columns in a row of lse or delta
-  uint32_t
-      dscores_lane_;  // byte offset of the lane's row in a dS tile, and its first 16 bytes there
+  uint32_t leader_;        // of the warp: arrives at barriers
+  uint32_t stats_lane_;    // byte offset of the lane's columns in a row of lse or delta
+  uint32_t dscores_lane_;  // byte offset of the lane's row in a dS tile, swizzled
   typename BwdRings<Config>::Position at_;
   typename BwdRings<Config>::DscoresPosition dscores_at_;
 };

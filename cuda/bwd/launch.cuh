@@ -23,7 +23,6 @@ cudaError_t launch_delta(uint32_t ctas, const DeltaParams& params, cudaStream_t 
 template <class Config>
 cudaError_t launch_bwd_config(const BwdParams& params, cudaStream_t stream) {
   constexpr BwdConfig kConfig = Config::value;
-  // static_assert(kConfig.fits(), "see BwdConfig::fits");
   static_assert(sizeof(BwdSmem<Config>) == kConfig.smem_bytes(),
                 "plan and kernel disagree on the shared memory");
   static std::atomic<uint64_t> devices_done{0};
