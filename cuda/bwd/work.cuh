@@ -6,6 +6,7 @@
 #include "cuda/bwd/params.h"
 #include "cuda/core/mask.h"
 #include "cuda/core/pipeline.cuh"
+#include "cuda/core/tile_scheduler.h"
 #include "cuda/ptx/warp.cuh"
 
 namespace jax_fa3 {
@@ -71,13 +72,11 @@ __device__ __forceinline__ KeyWork key_work(const BwdParams& params) {
   const KeyTileGrid& grid = params.grid;
   uint32_t n_tile, pair;
   if constexpr (kConfig.mask == MaskKind::kCausal) {
-    const uint32_t group_tiles = grid.pairs_in_flight * grid.n_tiles;
-    const uint32_t first_pair = blockIdx.x / group_tiles * grid.pairs_in_flight;
-    const uint32_t within = blockIdx.x % group_tiles;
-    const uint32_t pairs =
-        min(grid.tiles / grid.n_tiles - first_pair, static_cast<uint32_t>(grid.pairs_in_flight));
-    n_tile = within / pairs;
-    pair = first_pair + within % pairs;
+    // Of key tiles the first are the longest.
+    const LongestFirst at =
+        longest_first(grid.tiles, grid.n_tiles, grid.pairs_in_flight, blockIdx.x);
+    n_tile = at.rank;
+    pair = at.pair;
   } else {
     n_tile = blockIdx.x % grid.n_tiles;
     pair = blockIdx.x / grid.n_tiles;

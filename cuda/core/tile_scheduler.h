@@ -31,21 +31,29 @@ struct HeadMajorOrder {
   }
 };
 
-// Longest tiles first, so that no CTA starts a long one when the others finish,
-// inside groups of heads whose keys and values fit L2 together.
+// Longest tiles first, so that no CTA starts a long one when the others finish, inside groups of
+// pairs (a batch row and a head) whose data fit L2 together: tile `index` is the rank-th longest of
+// its pair.
+struct LongestFirst {
+  uint32_t pair;
+  uint32_t rank;
+};
+constexpr LongestFirst longest_first(uint32_t tiles, uint32_t pair_tiles, uint32_t pairs_in_flight,
+                                     uint32_t index) {
+  const uint32_t group_tiles = pairs_in_flight * pair_tiles;
+  const uint32_t first_pair = index / group_tiles * pairs_in_flight;
+  const uint32_t within = index % group_tiles;
+  const uint32_t left = tiles / pair_tiles - first_pair;
+  const uint32_t pairs = left < pairs_in_flight ? left : pairs_in_flight;
+  return {first_pair + within % pairs, within / pairs};
+}
+
+// Of query tiles the last are the longest.
 struct LongestFirstOrder {
   static constexpr Tile tile(const TileGrid& grid, uint32_t index) {
-    const uint32_t group_tiles = grid.heads_in_flight * grid.m_tiles;
-    const uint32_t group = index / group_tiles;
-    const uint32_t within = index % group_tiles;
-    const uint32_t first_pair = group * grid.heads_in_flight;
-    const uint32_t left = grid.tiles / grid.m_tiles - first_pair;
-    const uint32_t pairs = left < static_cast<uint32_t>(grid.heads_in_flight)
-                               ? left
-                               : static_cast<uint32_t>(grid.heads_in_flight);
-    const uint32_t pair = first_pair + within % pairs;
-    return {grid.m_tiles - 1 - static_cast<int32_t>(within / pairs),
-            static_cast<int32_t>(pair % grid.heads), static_cast<int32_t>(pair / grid.heads)};
+    const LongestFirst at = longest_first(grid.tiles, grid.m_tiles, grid.heads_in_flight, index);
+    return {grid.m_tiles - 1 - static_cast<int32_t>(at.rank),
+            static_cast<int32_t>(at.pair % grid.heads), static_cast<int32_t>(at.pair / grid.heads)};
   }
 };
 
