@@ -3,50 +3,21 @@
 #include <algorithm>
 #include <sstream>
 
-#include "cuda/core/problem_rules.h"
+#include "cuda/core/named_configs.h"
 
 namespace jax_fa3 {
-namespace {
 
-// What a (batch row, key head) pair keeps in the L2 while its key tiles are worked on: query, dout
-// and dQ's accumulator of its group of query heads.
-constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
-
-bool takes(const BwdConfig& config, const Problem& p) {
-  return config.dtype == p.dtype && config.head_dim == p.head_dim && config.mask == p.mask;
-}
-
-Status choose(const Problem& problem, const NamedBwdConfig*& found) {
-  if (problem.config >= 0) {
-    found = &kBwdConfigs[problem.config];
-    if (takes(found->config, problem)) return {};
-    return Status::invalid_argument(std::string("config ") + found->name + " is not for " +
-                                    describe(problem));
-  }
-  const NamedBwdConfig* const end = kBwdConfigs + kBwdConfigCount;
-  found = std::find_if(kBwdConfigs, end,
-                       [&](const NamedBwdConfig& named) { return takes(named.config, problem); });
-  if (found != end) return {};
-  std::ostringstream why;
-  why << "no backward kernel for " << name(problem.dtype) << ", head_dim " << problem.head_dim
-      << ", " << name(problem.mask) << "; there are:";
-  for (const NamedBwdConfig& named : kBwdConfigs) why << " " << named.name;
-  return Status::unimplemented(why.str());
-}
-
-}  // namespace
-
-int find_bwd_config(const std::string& name) {
-  for (size_t i = 0; i < kBwdConfigCount; ++i) {
-    if (name == kBwdConfigs[i].name) return static_cast<int>(i);
-  }
-  return -1;
-}
+int find_bwd_config(const std::string& name) { return find_config(kBwdConfigs, name); }
 
 Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan) {
   if (Status status = check_problem(problem); !status.ok()) return status;
   const NamedBwdConfig* found = nullptr;
-  if (Status status = choose(problem, found); !status.ok()) return status;
+  const auto first = [](const BwdConfig&, const BwdConfig&) { return false; };
+  if (Status status =
+          choose_config(kBwdConfigs, kBwdConfigCount, "backward", problem, first, found);
+      !status.ok()) {
+    return status;
+  }
   plan = BwdPlan{};
   plan.config_index = found - kBwdConfigs;
   plan.padded_q = static_cast<int32_t>(ceil_div<int64_t>(problem.seqlen_q, BwdConfig::kPaddedRows) *
@@ -62,10 +33,12 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
     return Status::unimplemented("more than 2^31 tiles: " + describe(problem));
   }
   const int64_t group = problem.heads_k > 0 ? problem.heads_q / problem.heads_k : 1;
+  // What a pair keeps in the L2 while its key tiles are worked on: query, dout and dQ's accumulator
+  // of its group of query heads.
   const int64_t pair_bytes = std::max<int64_t>(
       1, group * plan.padded_q * problem.head_dim * (2 * BwdConfig::kElementBytes + 4));
   const int64_t in_flight =
-      std::clamp<int64_t>(kL2Bytes / pair_bytes, 1, std::max<int64_t>(1, pairs));
+      std::clamp<int64_t>(kSharedL2Bytes / pair_bytes, 1, std::max<int64_t>(1, pairs));
   plan.grid = {static_cast<uint32_t>(n_tiles * pairs), static_cast<int32_t>(n_tiles),
                static_cast<int32_t>(problem.heads_k), static_cast<int32_t>(in_flight)};
   return {};

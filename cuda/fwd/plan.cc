@@ -3,15 +3,10 @@
 #include <algorithm>
 #include <sstream>
 
-#include "cuda/core/problem_rules.h"
+#include "cuda/core/named_configs.h"
 
 namespace jax_fa3 {
 namespace {
-
-// Heads whose keys and values together fill about this much of the 50 MB L2 are worked on at the
-// same time in the longest-first order: more would evict each other, fewer leave CTAs without work.
-// 32 MB measured best of 16, 32, 50 in the prototypes (batch 2, seq 8192, head dim 128, H200).
-constexpr int64_t kL2Bytes = 32 * 1024 * 1024;
 
 // Times are counted in keys: the time in which a CTA would have done so many more keys of its tile,
 // every multiprocessor busy. A CTA's time a key, the bytes of its rows' results and of a partial
@@ -23,10 +18,6 @@ constexpr int64_t kJoinKeys = 64;    // reading one piece back
 
 // The redo list counts warpgroups of tiles, up to four a tile, in 32 bits.
 constexpr int64_t kMaxTiles = (int64_t{1} << 29) - 1;
-
-bool takes(const FwdConfig& config, const Problem& p) {
-  return config.dtype == p.dtype && config.head_dim == p.head_dim && config.mask == p.mask;
-}
 
 // Query tiles of all heads; kMaxTiles + 1 for more than that.
 int64_t tile_count(const FwdConfig& config, const Problem& p) {
@@ -96,30 +87,6 @@ double estimated_cost(const FwdConfig& config, const Problem& p) {
   return std::max(longest, total / sms + longest / 4) * config.relative_cost;
 }
 
-Status choose(const Problem& problem, const NamedFwdConfig*& found) {
-  if (problem.config >= 0) {
-    found = &kFwdConfigs[problem.config];
-    if (takes(found->config, problem)) return {};
-    return Status::invalid_argument(std::string("config ") + found->name + " is not for " +
-                                    describe(problem));
-  }
-  found = nullptr;
-  double least = 0;
-  for (size_t i = 0; i < kFwdShippedCount; ++i) {
-    if (!takes(kFwdConfigs[i].config, problem)) continue;
-    const double cost = estimated_cost(kFwdConfigs[i].config, problem);
-    if (found != nullptr && cost >= least) continue;
-    found = &kFwdConfigs[i];
-    least = cost;
-  }
-  if (found != nullptr) return {};
-  std::ostringstream why;
-  why << "no forward kernel for " << name(problem.dtype) << ", head_dim " << problem.head_dim
-      << ", " << name(problem.mask) << "; there are:";
-  for (const NamedFwdConfig& named : kFwdConfigs) why << " " << named.name;
-  return Status::unimplemented(why.str());
-}
-
 TailSplit plan_split(const FwdConfig& config, const Problem& p, uint32_t tiles, int sm_count) {
   const int64_t sms = std::min<int64_t>(sm_count, FwdWorkspace::kMaxCtas);
   const int32_t blocks = static_cast<int32_t>(full_mask_blocks(config, p));
@@ -155,18 +122,20 @@ int64_t FwdWorkspace::bytes(const FwdPlan& plan) {
                               config.consumer_warpgroups * config.partial_bytes();
 }
 
-int find_fwd_config(const std::string& name) {
-  for (size_t i = 0; i < kFwdConfigCount; ++i) {
-    if (name == kFwdConfigs[i].name) return static_cast<int>(i);
-  }
-  return -1;
-}
+int find_fwd_config(const std::string& name) { return find_config(kFwdConfigs, name); }
 
 Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
   if (Status status = check_problem(problem); !status.ok()) return status;
 
   const NamedFwdConfig* found = nullptr;
-  if (Status status = choose(problem, found); !status.ok()) return status;
+  const auto faster = [&](const FwdConfig& a, const FwdConfig& b) {
+    return estimated_cost(a, problem) < estimated_cost(b, problem);
+  };
+  if (Status status =
+          choose_config(kFwdConfigs, kFwdShippedCount, "forward", problem, faster, found);
+      !status.ok()) {
+    return status;
+  }
   plan = FwdPlan{};
   plan.config_index = found - kFwdConfigs;
 
@@ -181,7 +150,7 @@ Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
   const int64_t kv_bytes =
       std::max<int64_t>(1, 2 * problem.seqlen_k * problem.head_dim * FwdConfig::kElementBytes);
   const int64_t heads_in_flight =
-      std::clamp<int64_t>(kL2Bytes / kv_bytes, 1, std::max<int64_t>(1, pairs)) * group;
+      std::clamp<int64_t>(kSharedL2Bytes / kv_bytes, 1, std::max<int64_t>(1, pairs)) * group;
 
   plan.grid = {static_cast<uint32_t>(tiles), static_cast<int32_t>(m_tiles),
                static_cast<int32_t>(problem.heads_q),
