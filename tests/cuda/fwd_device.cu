@@ -6,8 +6,6 @@
 //   fwd_device              every case, compared with the definition
 //   fwd_device --only=TEXT  those whose name contains the text
 //   fwd_device --soak=N     N launches over shapes of every kind, each compared with its first
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -20,17 +18,10 @@
 
 #include "cuda/fwd/launch.h"
 #include "cuda/fwd/plan.h"
+#include "tests/cuda/device_arrays.cuh"
 
 namespace jax_fa3 {
 namespace {
-
-#define CHECK_CUDA(expression)                                                  \
-  do {                                                                          \
-    if (const cudaError_t error = (expression); error != cudaSuccess) {         \
-      std::fprintf(stderr, "%s: %s\n", #expression, cudaGetErrorString(error)); \
-      std::exit(2);                                                             \
-    }                                                                           \
-  } while (false)
 
 struct Case {
   std::string name;
@@ -41,45 +32,6 @@ struct Case {
   int64_t infinite = -1;              // this key holds an infinity
   int64_t nan = -1;                   // this query holds a NaN
   int64_t check_every = 1;            // queries that are compared with the definition
-};
-
-uint16_t bits(DType dtype, float x) {
-  if (dtype == DType::kBF16) return __bfloat16_as_ushort(__float2bfloat16(x));
-  return __half_as_ushort(__float2half(x));
-}
-float value(DType dtype, uint16_t b) {
-  return dtype == DType::kBF16 ? __bfloat162float(__ushort_as_bfloat16(b))
-                               : __half2float(__ushort_as_half(b));
-}
-
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t count) : count_(count) {
-    if (count_ > 0) CHECK_CUDA(cudaMalloc(&data_, count_ * sizeof(T)));
-    // Poison: NaN in every format, and no counter's or list's zero.
-    if (count_ > 0) CHECK_CUDA(cudaMemset(data_, 0xff, count_ * sizeof(T)));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  T* get() const { return data_; }
-  size_t count() const { return count_; }
-  size_t bytes() const { return count_ * sizeof(T); }
-  void copy_from(const std::vector<T>& host) {
-    if (count_ == 0) return;
-    CHECK_CUDA(cudaMemcpy(data_, host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  std::vector<T> copy() const {
-    std::vector<T> host(count_);
-    if (count_ > 0) {
-      CHECK_CUDA(cudaMemcpy(host.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    }
-    return host;
-  }
-
- private:
-  size_t count_;
-  T* data_ = nullptr;
 };
 
 __global__ void count_differing(const uint32_t* a, const uint32_t* b, size_t count,
@@ -171,10 +123,8 @@ class Run {
     if (first) {
       first_out_ = std::make_unique<DeviceArray<uint16_t>>(out_.count());
       first_lse_ = std::make_unique<DeviceArray<float>>(lse_.count());
-      CHECK_CUDA(cudaMemcpyAsync(first_out_->get(), out_.get(), out_.bytes(),
-                                 cudaMemcpyDeviceToDevice, stream));
-      CHECK_CUDA(cudaMemcpyAsync(first_lse_->get(), lse_.get(), lse_.bytes(),
-                                 cudaMemcpyDeviceToDevice, stream));
+      first_out_->copy_from(out_, stream);
+      first_lse_->copy_from(lse_, stream);
     } else {
       count_differing<<<64, 256, 0, stream>>>(reinterpret_cast<const uint32_t*>(out_.get()),
                                               reinterpret_cast<const uint32_t*>(first_out_->get()),
@@ -184,9 +134,9 @@ class Run {
                                               lse_.bytes() / 4, differing);
       CHECK_CUDA(cudaGetLastError());
     }
-    CHECK_CUDA(cudaMemsetAsync(out_.get(), 0xff, out_.bytes(), stream));
-    CHECK_CUDA(cudaMemsetAsync(lse_.get(), 0xff, lse_.bytes(), stream));
-    CHECK_CUDA(cudaMemsetAsync(workspace_.get(), 0xff, workspace_.bytes(), stream));
+    out_.poison(stream);
+    lse_.poison(stream);
+    workspace_.poison(stream);
   }
 
   // Against the definition, in double. Returns what is wrong, or nothing.
@@ -197,15 +147,7 @@ class Run {
     // Rounding of probabilities and output, on values of a few units.
     const double tolerance = p.dtype == DType::kBF16 ? 0.06 : 0.008;
     for (int64_t b = 0; b < p.batch; ++b) {
-      const BatchMap& map = p.batch_map;
-      int64_t rest = b, bq = 0, bk = 0, bv = 0;
-      for (int level = map.levels - 1; level >= 0; --level) {
-        const int64_t i = rest % map.size[level];
-        rest /= map.size[level];
-        bq += i * map.q_stride[level];
-        bk += i * map.k_stride[level];
-        bv += i * map.v_stride[level];
-      }
+      const OperandRows rows = operand_rows(p.batch_map, b);
       for (int64_t n = 0; n < p.heads_q; ++n) {
         const int64_t head_k = n / (p.heads_q / p.heads_k);
         for (int64_t t = 0; t < p.seqlen_q; t += c_.check_every) {
@@ -219,8 +161,8 @@ class Run {
           for (int64_t s = 0; s < visible; ++s) {
             double dot = 0;
             for (int64_t h = 0; h < p.head_dim; ++h) {
-              dot += double{q_host_[((bq * p.seqlen_q + t) * p.heads_q + n) * p.head_dim + h]} *
-                     k_host_[((bk * p.seqlen_k + s) * p.heads_k + head_k) * p.head_dim + h];
+              dot += double{q_host_[((rows.q * p.seqlen_q + t) * p.heads_q + n) * p.head_dim + h]} *
+                     k_host_[((rows.k * p.seqlen_k + s) * p.heads_k + head_k) * p.head_dim + h];
             }
             x[s] = dot * p.scale;
             max = std::max(max, x[s]);
@@ -240,7 +182,7 @@ class Run {
             double wanted = 0;
             for (int64_t s = 0; s < visible; ++s) {
               wanted += x[s] / sum *
-                        v_host_[((bv * p.seqlen_k + s) * p.heads_k + head_k) * p.head_dim + h];
+                        v_host_[((rows.v * p.seqlen_k + s) * p.heads_k + head_k) * p.head_dim + h];
             }
             const float got =
                 value(p.dtype, out[((b * p.seqlen_q + t) * p.heads_q + n) * p.head_dim + h]);
@@ -282,17 +224,7 @@ Case make(std::string name, DType dtype, int64_t batch, int64_t seqlen_q, int64_
           int64_t heads_q, int64_t heads_k, int64_t head_dim, MaskKind mask) {
   Case c;
   c.name = std::move(name);
-  Problem& p = c.problem;
-  p.dtype = dtype;
-  p.batch = p.batch_q = p.batch_k = p.batch_v = batch;
-  p.batch_map.size[0] = static_cast<int32_t>(batch);
-  p.seqlen_q = seqlen_q;
-  p.seqlen_k = seqlen_k;
-  p.heads_q = heads_q;
-  p.heads_k = heads_k;
-  p.head_dim = head_dim;
-  p.mask = mask;
-  p.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  c.problem = small_problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, mask);
   return c;
 }
 
