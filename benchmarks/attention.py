@@ -26,7 +26,6 @@ import math
 import statistics
 import sys
 import time
-from typing import Any
 
 import harness
 import jax
@@ -190,32 +189,52 @@ def _report_of(measured):
     ]
 
 
-def measure_forward(rows, peers, results, yardstick, clock):
-    """Forward of every row with every peer. Returns the names that failed their check."""
+def _measure_in_chunks(rows, results, yardstick, jobs_of, measure):
+    """Compiles, measures and saves row after row. Returns the names that failed their check.
+
+    jobs_of(row) names what to compile; measure(row, compiled) is given that by the same names and
+    returns the row's entry of the results file.
+    """
     failed = []
     # A chunk compiles before any of it is timed: compiling beside a timing would disturb it.
     for chunk in harness.chunks(rows, 12):
         if results.out_of_time():
             break
-        jobs = {}
-        for row in chunk:
-            jobs[row, "reference"] = functools.partial(harness.compile_reference, row)
-            jobs[row, "check"] = functools.partial(harness.warm_up, row)
-            for peer in peers:
-                jobs[row, peer] = lambda row=row, peer=peer: harness.compile_for(
-                    _attention(peer, row), row
-                )
-        compiled = harness.compile_all(jobs)
+        jobs = {row: jobs_of(row) for row in chunk}
+        compiled = harness.compile_all(
+            {(row, name): job for row in chunk for name, job in jobs[row].items()}
+        )
         for row in chunk:
             if results.out_of_time():
                 break
-            by_peer = {peer: compiled.pop((row, peer)) for peer in peers}
-            measured = measure_row(row, by_peer, compiled.pop((row, "reference")), clock)
+            # What a row compiled is freed after it.
+            measured = measure(row, {name: compiled.pop((row, name)) for name in jobs[row]})
             yardstick.measure()
             results.save(measured, gemm=yardstick.summary())
             failed += _report_of(measured)
             print(_row_text(measured), flush=True)
     return failed
+
+
+def _compile_forward(peer, row):
+    return harness.compile_for(_attention(peer, row), row)
+
+
+def measure_forward(rows, peers, results, yardstick, clock):
+    """Forward of every row with every peer. Returns the names that failed their check."""
+
+    def jobs_of(row):
+        jobs = {
+            "reference": functools.partial(harness.compile_reference, row),
+            "check": functools.partial(harness.warm_up, row),
+        }
+        return jobs | {peer: functools.partial(_compile_forward, peer, row) for peer in peers}
+
+    def measure(row, compiled):
+        by_peer = {peer: compiled[peer] for peer in peers}
+        return measure_row(row, by_peer, compiled["reference"], clock)
+
+    return _measure_in_chunks(rows, results, yardstick, jobs_of, measure)
 
 
 def _expected(row, reference, inputs):
@@ -299,37 +318,18 @@ def _compile_backward(peer, row):
     return saved, lowered.compile()
 
 
-def _compile_reference_gradients(row):
-    options: dict[str, Any] = (
-        {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
-    )
-    reference = functools.partial(harness.reference_gradients, causal=row.causal)
-    types = harness.input_types(row)
-    return jax.jit(reference).lower(*types, types[0]).compile(options)
-
-
 def measure_backward(rows, peers, results, yardstick, clock):
     """The backward pass of every row with every peer. Returns the names that failed their check."""
-    failed = []
-    for chunk in harness.chunks(rows, 12):
-        if results.out_of_time():
-            break
-        jobs = {}
-        for row in chunk:
-            jobs[row, "reference"] = functools.partial(_compile_reference_gradients, row)
-            for peer in peers:
-                jobs[row, peer] = functools.partial(_compile_backward, peer, row)
-        compiled = harness.compile_all(jobs)
-        for row in chunk:
-            if results.out_of_time():
-                break
-            by_peer = {peer: compiled.pop((row, peer)) for peer in peers}
-            measured = measure_backward_row(row, by_peer, compiled.pop((row, "reference")), clock)
-            yardstick.measure()
-            results.save(measured, gemm=yardstick.summary())
-            failed += _report_of(measured)
-            print(_row_text(measured), flush=True)
-    return failed
+
+    def jobs_of(row):
+        jobs = {"reference": functools.partial(harness.compile_reference_gradients, row)}
+        return jobs | {peer: functools.partial(_compile_backward, peer, row) for peer in peers}
+
+    def measure(row, compiled):
+        by_peer = {peer: compiled[peer] for peer in peers}
+        return measure_backward_row(row, by_peer, compiled["reference"], clock)
+
+    return _measure_in_chunks(rows, results, yardstick, jobs_of, measure)
 
 
 def measure_backward_row(row, compiled, reference, clock):
@@ -386,13 +386,10 @@ def measure_launch(rows, peers, results, yardstick, clock):
         jobs[row, "once", "check"] = functools.partial(harness.warm_up, row)
         for peer in peers:
 
-            def once(row=row, peer=peer):
-                return harness.compile_for(_attention(peer, row), row)
-
             def loop(row=row, peer=peer):
                 return harness.compile_for(looped(_attention(peer, row), calls), row)
 
-            jobs[row, "once", peer] = once
+            jobs[row, "once", peer] = functools.partial(_compile_forward, peer, row)
             jobs[row, "loop", peer] = loop
     compiled = harness.compile_all(jobs)
     failed = []

@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 from concurrent import futures
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,19 +173,27 @@ def compile_for(function, row, **compiler_options):
     return jax.jit(function).lower(*input_types(row)).compile(compiler_options)
 
 
-def compile_reference(row):
-    """(query, key, value) -> the reference's output at checked_rows(row).
+def _reference_options() -> dict[str, Any]:
+    """A reference is never timed, so XLA need not search for its fastest GEMM."""
+    return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
 
-    It is never timed, so XLA need not search for its fastest GEMM.
-    """
-    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
+
+def compile_reference(row):
+    """(query, key, value) -> the reference's output at checked_rows(row)."""
     rows = checked_rows(row)
 
     def reference(query, key, value):
         taken = query if rows is None else query[:, rows]
         return reference_attention(taken, key, value, causal=row.causal, positions=rows)
 
-    return compile_for(reference, row, **options)
+    return compile_for(reference, row, **_reference_options())
+
+
+def compile_reference_gradients(row):
+    """(query, key, value, cotangent of the output) -> the reference's gradients."""
+    reference = functools.partial(reference_gradients, causal=row.causal)
+    types = input_types(row)
+    return jax.jit(reference).lower(*types, types[0]).compile(_reference_options())
 
 
 def warm_up(row):
