@@ -65,4 +65,35 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&words)[4]) {
   }
 }
 
+// Row `r` (0 or 1) of the lane's accumulators, times a factor, rounded, to
+// memory: 16 bytes a lane. Lane q of a quad holds columns 2 q, 2 q + 1 of every 8; after the
+// transpose of four such groups it holds all 8 columns of group q. All lanes take part; those that
+// are not `valid` store nothing.
+template <DType kType, int kCount>
+__device__ __forceinline__ void store_row(const float (&d)[kCount], int r, float factor, uint4* row,
+                                          bool valid) {
+#pragma unroll
+  for (int group = 0; group < kCount / 16; ++group) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = (4 * group + i) * 4 + 2 * r;
+      words[i] = pack<kType>(d[at] * factor, d[at + 1] * factor);
+    }
+    quad_transpose(words);
+    if (valid) {
+      row[4 * group + threadIdx.x % 4] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+// The same of zeros.
+template <int kColumns>
+__device__ __forceinline__ void store_zero_row(uint4* row, bool valid) {
+  if (!valid) return;
+#pragma unroll
+  for (int group = 0; group < kColumns / 32; ++group) {
+    row[4 * group + threadIdx.x % 4] = make_uint4(0, 0, 0, 0);
+  }
+}
+
 }  // namespace jax_fa3

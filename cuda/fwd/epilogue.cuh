@@ -19,7 +19,6 @@ __device__ __forceinline__ void store_output(const FwdParams& params, const Tile
                                              const float (&output)[kOutputs],
                                              const float (&inverse)[2], const float (&lse)[2]) {
   constexpr FwdConfig kConfig = Config::value;
-  const int quad_lane = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int32_t t = row + 8 * r;
@@ -28,20 +27,8 @@ __device__ __forceinline__ void store_output(const FwdParams& params, const Tile
     uint4* const out =
         reinterpret_cast<uint4*>(static_cast<uint16_t*>(params.out) +
                                  (token * params.grid.heads + tile.head) * kConfig.head_dim);
-    // Lane q of a quad holds columns 2 q, 2 q + 1 of every 8; after the transpose of four such
-    // groups it holds all 8 columns of group q.
-#pragma unroll
-    for (int group = 0; group < kConfig.head_dim / 32; ++group) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = (4 * group + i) * 4 + 2 * r;
-        words[i] = pack<kConfig.dtype>(output[at] * inverse[r], output[at + 1] * inverse[r]);
-      }
-      quad_transpose(words);
-      if (store[r]) out[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-    if (store[r] && quad_lane == 0) *lse_address(params, tile, t) = lse[r];
+    store_row<kConfig.dtype>(output, r, inverse[r], out, store[r]);
+    if (store[r] && threadIdx.x % 4 == 0) *lse_address(params, tile, t) = lse[r];
   }
 }
 
