@@ -1,4 +1,4 @@
-// The custom call jax_fa3_bwd_v1: decode, validate, plan, launch three kernels. It allocates
+// The custom call jax_fa3_bwd_v1: decode, validate, plan, launch the kernels. It allocates
 // nothing and waits for nothing, so XLA may record it into a command buffer. Its operands are
 // frozen: a change of meaning takes a new version in the name.
 #include "ffi/bwd.h"
@@ -23,7 +23,7 @@ ffi::Error bwd(CUstream_st* stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ff
                ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
                ffi::Result<ffi::AnyBuffer> workspace, ffi::Dictionary dictionary) {
   Attributes attributes{};
-  Status status = read_attributes(dictionary, attributes);
+  Status status = read_attributes(dictionary, Pass::kBackward, attributes);
   if (!status.ok()) return to_ffi_error(kTarget, status);
 
   BwdShapes shapes{};

@@ -26,14 +26,18 @@ Tensor tensor_of(const xla::ffi::AnyBuffer& buffer) {
   return {buffer.element_type(), Shape(buffer.dimensions().begin(), buffer.dimensions().end())};
 }
 
-Status read_attributes(const xla::ffi::Dictionary& dictionary, Attributes& attributes) {
+Status read_attributes(const xla::ffi::Dictionary& dictionary, Pass pass, Attributes& attributes) {
   std::string wrong;
   read(dictionary, "scale", "f32", attributes.scale, wrong);
   read(dictionary, "is_causal", "i1", attributes.is_causal, wrong);
   read(dictionary, "diagonal", "i64", attributes.diagonal, wrong);
   read(dictionary, "has_query_offset", "i1", attributes.has_query_offset, wrong);
-  // Benchmarks may name a configuration; a program never does.
   size_t expected = 4;
+  if (pass == Pass::kBackward) {
+    read(dictionary, "deterministic", "i1", attributes.deterministic, wrong);
+    ++expected;
+  }
+  // Benchmarks may name a configuration; a program never does.
   if (dictionary.contains("config")) {
     std::string_view config;
     read(dictionary, "config", "string", config, wrong);

@@ -9,9 +9,11 @@ namespace jax_fa3 {
 
 Tensor tensor_of(const xla::ffi::AnyBuffer& buffer);
 
-// Every pass has the same attributes. InvalidArgument names each that is missing or of another
-// type.
-Status read_attributes(const xla::ffi::Dictionary& dictionary, Attributes& attributes);
+enum class Pass { kForward, kBackward };
+
+// The backward has one attribute more than the forward. InvalidArgument names each that is missing
+// or of another type.
+Status read_attributes(const xla::ffi::Dictionary& dictionary, Pass pass, Attributes& attributes);
 
 // The optional operand query_offset, int32 [*batch], where the attributes announce it.
 Status read_query_offset(const xla::ffi::RemainingArgs& optional, const Attributes& attributes,

@@ -21,7 +21,7 @@ ffi::Error fwd(CUstream_st* stream, ffi::AnyBuffer query, ffi::AnyBuffer key, ff
                ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> workspace,
                ffi::Dictionary dictionary) {
   Attributes attributes{};
-  Status status = read_attributes(dictionary, attributes);
+  Status status = read_attributes(dictionary, Pass::kForward, attributes);
   if (!status.ok()) return to_ffi_error(kTarget, status);
 
   FwdBuffers buffers{};

@@ -55,7 +55,7 @@ struct Bwd {
 template <class Pass>
 Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
                 int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
-                const std::string& config) {
+                const std::string& config, bool deterministic) {
   if (dtype != name(DType::kBF16) && dtype != name(DType::kF16)) {
     throw nb::value_error(("dtype is " + dtype + ", expected bfloat16 or float16").c_str());
   }
@@ -68,6 +68,7 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64
   p.heads_k = heads_k;
   p.head_dim = head_dim;
   p.mask = is_causal ? MaskKind::kCausal : MaskKind::kFull;
+  p.deterministic = deterministic;
   if (!config.empty()) {
     p.config = Pass::kFind(config);
     if (p.config < 0)
@@ -78,23 +79,31 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64
 
 // Throws ValueError for a problem without a plan.
 template <class Pass>
-std::string describe_plan(const std::string& dtype, int64_t batch, int64_t seqlen_q,
-                          int64_t seqlen_k, int64_t heads_q, int64_t heads_k, int64_t head_dim,
-                          bool is_causal, const std::string& config) {
-  const Problem p = problem<Pass>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim,
-                                  is_causal, config);
+std::string describe_plan(const Problem& p) {
   typename Pass::Plan plan;
   const Status status = Pass::kPlan(p, Device{}, plan);
   if (!status.ok()) throw nb::value_error(status.message.c_str());
   return describe(p, plan);
 }
-
 template <class Pass>
-int64_t workspace_bytes(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                        int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
-                        const std::string& config) {
-  return Pass::kWorkspaceBytes(problem<Pass>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k,
-                                             head_dim, is_causal, config));
+int64_t workspace_bytes(const Problem& p) {
+  return Pass::kWorkspaceBytes(p);
+}
+
+// A function of the problem that the arguments describe.
+template <auto kFunction>
+auto of_fwd(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+            int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
+            const std::string& config) {
+  return kFunction(problem<Fwd>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim,
+                                is_causal, config, false));
+}
+template <auto kFunction>
+auto of_bwd(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+            int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
+            const std::string& config, bool deterministic) {
+  return kFunction(problem<Bwd>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim,
+                                is_causal, config, deterministic));
 }
 
 // As cudaDriverGetVersion counts (13000 for CUDA 13.0); 0 without a driver.
@@ -111,14 +120,15 @@ NB_MODULE(_jax_fa3, m) {
   m.def("supported_head_dims", [] { return head_dims(kFwdConfigs); });
   m.def("bwd_head_dims", [] { return head_dims(kBwdConfigs); });
   m.def("kernels", &kernels);
-  const auto of_problem = [&](const char* name, auto function) {
+  const auto def = [&](const char* name, auto function, const auto&... more) {
     m.def(name, function, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads_q"_a,
-          "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "");
+          "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "", more...);
   };
-  of_problem("describe_plan", &describe_plan<Fwd>);
-  of_problem("describe_bwd_plan", &describe_plan<Bwd>);
-  of_problem("fwd_workspace_bytes", &workspace_bytes<Fwd>);
-  of_problem("bwd_workspace_bytes", &workspace_bytes<Bwd>);
+  def("describe_plan", &of_fwd<&describe_plan<Fwd>>);
+  def("fwd_workspace_bytes", &of_fwd<&workspace_bytes<Fwd>>);
+  const auto deterministic = "deterministic"_a = false;
+  def("describe_bwd_plan", &of_bwd<&describe_plan<Bwd>>, deterministic);
+  def("bwd_workspace_bytes", &of_bwd<&workspace_bytes<Bwd>>, deterministic);
   m.def("driver_version", &driver_version);
   m.def("cuda_version", [] { return CUDART_VERSION; });
   m.def("ffi_api_version",

@@ -190,6 +190,7 @@ Status problem_of(const Tensor& query, const Tensor& key, const Tensor& value,
   problem.diagonal = attributes.diagonal;
   problem.has_query_offset = attributes.has_query_offset;
   problem.scale = attributes.scale;
+  problem.deterministic = attributes.deterministic;
   return batch_map(batch, query.shape, key.shape, value.shape, problem.batch_map);
 }
 

@@ -24,6 +24,7 @@ struct Attributes {
   bool is_causal;
   int64_t diagonal;
   bool has_query_offset;
+  bool deterministic;  // of the backward call only
   std::string config;  // name of a configuration to force; empty: the plan chooses
 };
 

@@ -171,12 +171,14 @@ def _bench(flags: Sequence[str]) -> int:
     command = [sys.executable, str(_BENCHMARK), f"--output={output}", *flags]
     code = subprocess.call(command)
     if code == 0:
-        print(f"Drawn: {_draw(pathlib.Path(output))}")
+        drawing = _draw(pathlib.Path(output))
+        if drawing is not None:
+            print(f"Drawn: {drawing}")
     return code
 
 
-def _draw(results_path: pathlib.Path) -> pathlib.Path:
-    """Draws a results file with benchmarks/report.py, beside it."""
+def _draw(results_path: pathlib.Path) -> pathlib.Path | None:
+    """Draws a results file with benchmarks/report.py, beside it; None where there is no axis."""
     spec = importlib.util.spec_from_file_location("report", _BENCHMARK.with_name("report.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -184,9 +186,11 @@ def _draw(results_path: pathlib.Path) -> pathlib.Path:
     sys.modules["report"] = report  # its dataclasses look themselves up
     spec.loader.exec_module(report)
     results = json.loads(results_path.read_text())
-    figure = report.memory_figure if "length" in results["kind"] else report.forward_figure
+    figure = report.figure_of(results)
+    if figure is None:
+        return None
     drawing = results_path.with_suffix(".svg")
-    drawing.write_text(figure(results))
+    drawing.write_text(figure)
     return drawing
 
 

@@ -48,8 +48,9 @@ def describe_bwd_plan(
     head_dim: int,
     is_causal: bool,
     config: str = "",
+    deterministic: bool = False,
 ) -> str:
-    """The plan of a backward call as text; `config` forces one of kernels()."""
+    """The plan of a backward call as text; arguments as for bwd_workspace_bytes."""
 
 def bwd_workspace_bytes(
     dtype: str,
@@ -61,8 +62,12 @@ def bwd_workspace_bytes(
     head_dim: int,
     is_causal: bool,
     config: str = "",
+    deterministic: bool = False,
 ) -> int:
-    """Size of the backward's workspace result; `config` forces one of kernels()."""
+    """Size of the backward's workspace result.
+
+    `config` forces one of kernels(); `deterministic`: dQ is summed in a fixed order, too.
+    """
 
 def ffi_api_version() -> tuple[int, int]:
     """(major, minor) of the XLA FFI headers it was compiled against."""

@@ -6,7 +6,7 @@ import functools
 import pathlib
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.ffi
@@ -16,6 +16,25 @@ BWD_TARGET = "jax_fa3_bwd_v1"
 
 # The extension carries a CUDA 13 runtime, which needs driver 580 (cudaDriverGetVersion: 13000).
 MIN_DRIVER = 13000
+
+
+class Problem(NamedTuple):
+    """The arguments by which the extension knows a call, in its order."""
+
+    dtype: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads_q: int
+    heads_k: int
+    head_dim: int
+    is_causal: bool
+
+
+def problem_of(query: Any, key: Any, batch: int, is_causal: bool) -> Problem:
+    """Of query [..., T, N, H] and key [..., S, K, H], arrays or their types, in `batch` rows."""
+    (t, n, h), (s, heads_k) = query.shape[-3:], key.shape[-3:-1]
+    return Problem(query.dtype.name, batch, t, s, n, heads_k, h, is_causal)
 
 
 def ffi_api_found() -> tuple[int, int] | None:

@@ -316,16 +316,18 @@ def _full_batch(ctx, x, aval, shape, dtype):
     return x, want
 
 
-def _call_kernels(ctx, target, operands, avals_in, results, workspace_bytes, *, names, spec):
+def _call_kernels(
+    ctx, target, operands, avals_in, results, workspace_bytes, *, diagonal, spec, **attributes
+):
     """Emits the custom call; its last result, the workspace, is dropped.
 
-    The one place where attributes get their types: XLA takes a Python float for f64, an int for
-    s64, and decoding in C++ is strict.
+    The one place where the attributes that both passes have get their types: XLA takes a Python
+    float for f64, an int for s64, and decoding in C++ is strict.
+
+    Args:
+      diagonal: query t sees keys s <= t + this; None: the last operand, query_offset, says so.
+      attributes: further ones, typed.
     """
-    avals = dict(zip(names, avals_in, strict=False))
-    t, s = avals["query"].shape[-3], avals["key"].shape[-3]
-    has_offset = "query_offset" in names
-    diagonal = 0 if has_offset else _diagonal(spec, t, s)
     workspace = jax.core.ShapedArray((workspace_bytes,), np.dtype(np.uint8))
     rule = jax.ffi.ffi_lowering(target)
     out = rule(
@@ -333,15 +335,21 @@ def _call_kernels(ctx, target, operands, avals_in, results, workspace_bytes, *, 
         *operands,
         scale=np.float32(spec.scale),
         is_causal=np.bool_(spec.is_causal),
-        diagonal=np.int64(diagonal),
-        has_query_offset=np.bool_(has_offset),
+        diagonal=np.int64(0 if diagonal is None else diagonal),
+        has_query_offset=np.bool_(diagonal is None),
+        **attributes,
     )
     return list(out)[:-1]
 
 
-def _diagonal(spec, t, s):
-    """Query t sees keys s <= t + this, where no query_offset says otherwise."""
-    return s - t if spec.causal_alignment == "bottom_right" else 0
+def _problem(names, avals_in, batch, spec):
+    """(the problem as the extension knows it, the diagonal of `_call_kernels`)."""
+    q, k = (avals_in[names.index(name)] for name in ("query", "key"))
+    problem = _native.problem_of(q, k, math.prod(batch), spec.is_causal)
+    if "query_offset" in names:
+        return problem, None
+    bottom_right = spec.causal_alignment == "bottom_right"
+    return problem, problem.seqlen_k - problem.seqlen_q if bottom_right else 0
 
 
 def _silence_unseen_rows(ctx, arguments, avals_in, *, lse, dout):
@@ -355,14 +363,6 @@ def _silence_unseen_rows(ctx, arguments, avals_in, *, lse, dout):
     rule = mlir.lower_fun(silence, multiple_results=True)
     ctx = ctx.replace(avals_in=plain, avals_out=plain[1:])
     (arguments[dout],) = rule(ctx, arguments[lse], arguments[dout])
-
-
-def _problem(names, avals_in, batch, spec):
-    """The arguments by which the extension describes a problem."""
-    avals = dict(zip(names, avals_in, strict=False))
-    q, k = avals["query"], avals["key"]
-    (t, n, h), (s, heads_k) = q.shape[-3:], k.shape[-3:-1]
-    return (q.dtype.name, math.prod(batch), t, s, n, heads_k, h, spec.is_causal)
 
 
 def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
@@ -380,6 +380,7 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
     if "query_offset" in names:  # one a batch row: these are 4 bytes each
         i = names.index("query_offset")
         arguments[i], avals_in[i] = _full_batch(ctx, arguments[i], avals_in[i], batch, np.int32)
+    problem, diagonal = _problem(names, avals_in, batch, spec)
     module = _native.extension()
     assert module is not None  # or why_not would have said so
     return _call_kernels(
@@ -388,20 +389,18 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
         arguments,
         avals_in,
         [out, lse],
-        module.fwd_workspace_bytes(*_problem(names, avals_in, batch, spec)),
-        names=names,
+        module.fwd_workspace_bytes(*problem),
+        diagonal=diagonal,
         spec=spec,
     )
 
 
 def _lower_backward_cuda(ctx, *operands, names, spec):
     dq, dk = ctx.avals_out[:2]
-    why_not = _native.why_not() or _support.backward_reasons(spec, dq.shape[-1])
+    why_not = _native.why_not()
     if why_not or not (dq.size or dk.size):
         if why_not:
-            _support.log_once(
-                why_not, on_gpu=bool(_native.visible_gpus()), what="the backward pass"
-            )
+            _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
         return _lower_xla_backward(ctx, *operands, names=names, spec=spec)
 
     batch = dq.shape[:-3]
@@ -420,8 +419,8 @@ def _lower_backward_cuda(ctx, *operands, names, spec):
         arguments[i], avals_in[i] = _full_batch(
             ctx, arguments[i], avals_in[i], (*batch, *core), dtype
         )
-    t_k = avals_in[names.index("key")].shape[-3]
-    if "query_offset" in names or (spec.is_causal and _diagonal(spec, t, t_k) < 0):
+    problem, diagonal = _problem(names, avals_in, batch, spec)
+    if diagonal is None or (spec.is_causal and diagonal < 0):
         _silence_unseen_rows(ctx, arguments, avals_in, lse=count + 1, dout=count + 2)
     module = _native.extension()
     assert module is not None
@@ -431,9 +430,10 @@ def _lower_backward_cuda(ctx, *operands, names, spec):
         [arguments[i] for i in order],
         [avals_in[i] for i in order],
         ctx.avals_out,
-        module.bwd_workspace_bytes(*_problem(names, avals_in, batch, spec)),
-        names=("query", "key", "value", *["query_offset"] * ("query_offset" in names)),
+        module.bwd_workspace_bytes(*problem, deterministic=spec.deterministic_backward),
+        diagonal=diagonal,
         spec=spec,
+        deterministic=np.bool_(spec.deterministic_backward),
     )
 
 

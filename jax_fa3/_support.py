@@ -12,9 +12,8 @@ from jax_fa3._spec import AttentionSpec, Operands
 IMPLEMENTATIONS = ("fa3", "xla")
 
 # What the compiled kernels take. Written here so that tracing needs no extension; a test compares
-# the head dims with the extension's supported_head_dims().
+# the head dims with the extension's supported_head_dims() and bwd_head_dims().
 KERNEL_HEAD_DIMS = (64, 128, 256)
-BACKWARD_HEAD_DIMS = (64, 128)  # likewise, bwd_head_dims()
 KERNEL_DTYPES = ("bfloat16", "float16")
 KERNEL_OPERANDS = ("query", "key", "value", "query_offset")
 
@@ -111,24 +110,12 @@ def refusal(why: Sequence[str]) -> str:
 _logged: set[str] = set()
 
 
-def backward_reasons(spec: AttentionSpec, head_dim: int) -> list[str]:
-    """Why the backward of a call that fa3 takes runs on the xla path; empty when it does not."""
-    found = []
-    if head_dim not in BACKWARD_HEAD_DIMS:
-        dims = " and ".join(map(str, BACKWARD_HEAD_DIMS))
-        found.append(f"head_dim {head_dim}: the backward kernels take {dims}")
-    if spec.deterministic_backward:
-        found.append("deterministic_backward: the backward kernels add dQ in no fixed order")
-    return found
-
-
-def log_once(why: Sequence[str], *, on_gpu: bool | None = None, what: str = "attention") -> None:
+def log_once(why: Sequence[str], *, on_gpu: bool | None = None) -> None:
     """Warns, once a process for each reason, that attention on this GPU runs without the kernels.
 
     Args:
       why: the reasons.
       on_gpu: whether the program is for a GPU of this machine; None asks for the default backend.
-      what: which part of it.
     """
     new = [reason for reason in why if reason not in _logged]
     if not new:
@@ -139,4 +126,4 @@ def log_once(why: Sequence[str], *, on_gpu: bool | None = None, what: str = "att
 
     for reason in new:
         _logged.add(reason)
-        logging.warning("jax_fa3: %s runs on the xla path, not the kernels: %s", what, reason)
+        logging.warning("jax_fa3: attention runs on the xla path, not the kernels: %s", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,8 +93,10 @@ def dot_product_attention(
       value_descale: as key_descale.
       out_dtype: default the query's dtype, bfloat16 for float8 inputs; only for those may it be
         another (bfloat16, float16, float32).
-      deterministic_backward: True: gradients repeat bit for bit. None:
-        `jax_fa3.config.deterministic_backward`, read while tracing.
+      deterministic_backward: True: gradients repeat bit for bit, from run to run and on machines of
+        the same kind. For fa3 it concerns query's gradient, which is otherwise summed in no fixed
+        order, and makes the backward pass slower in head dims 64 and 128; in 256 it is free.
+        None: `jax_fa3.config.deterministic_backward`, read while tracing.
       checkpoint_name: one name for out and lse in remat policies; default "jax_fa3_out" and
         "jax_fa3_lse", those of `remat_policy`.
       return_residual: also return lse.
@@ -291,20 +294,11 @@ def explain(
     lines += [f"  here it {instead}: {reason}" for reason in where_not]
     module = _native.extension()
     if module is not None and q.size and v.size:
-        *batch, t, n, h = q.shape
-        rows = 1
-        for size in batch:
-            rows *= size
-        s, heads_k = k.shape[-3:-1]
-        problem = (q.dtype.name, rows, t, s, n, heads_k, h, spec.is_causal)
-        lines += [f"  plan: {line}" for line in module.describe_plan(*problem).splitlines()]
-        if not _support.backward_reasons(spec, h):
-            plan = module.describe_bwd_plan(*problem)
-            lines += [f"  backward plan: {line}" for line in plan.splitlines()]
-    lines += [
-        f"  backward on the xla path, from the saved out and lse: {reason}"
-        for reason in _support.backward_reasons(spec, q.shape[-1])
-    ]
+        problem = _native.problem_of(q, k, math.prod(q.shape[:-3]), spec.is_causal)
+        plan = module.describe_plan(*problem)
+        lines += [f"  plan: {line}" for line in plan.splitlines()]
+        plan = module.describe_bwd_plan(*problem, deterministic=spec.deterministic_backward)
+        lines += [f"  backward plan: {line}" for line in plan.splitlines()]
     return "\n".join(lines)
 
 

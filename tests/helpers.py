@@ -77,17 +77,21 @@ def fake_extension(*, driver: int = 13000, api: tuple[int, int] = (0, 1), worksp
         assert len(args) + len(kwargs) == len(shape)
         return workspace
 
+    def bwd_workspace_bytes(*args, deterministic=False, **kwargs):
+        assert isinstance(deterministic, bool)
+        return fwd_workspace_bytes(*args, **kwargs) + 4 * deterministic
+
     module.registrations = dict  # type: ignore[attr-defined]  (nothing to register)
     module.supported_head_dims = lambda: [64, 128, 256]  # type: ignore[attr-defined]
     module.ffi_api_version = lambda: api  # type: ignore[attr-defined]
     module.driver_version = lambda: driver  # type: ignore[attr-defined]
     module.cuda_version = lambda: 13000  # type: ignore[attr-defined]
     module.kernels = lambda: ["FakeFwd"]  # type: ignore[attr-defined]
-    module.bwd_head_dims = lambda: [64, 128]  # type: ignore[attr-defined]
+    module.bwd_head_dims = lambda: [64, 128, 256]  # type: ignore[attr-defined]
     module.describe_plan = describe_plan  # type: ignore[attr-defined]
     module.describe_bwd_plan = describe_plan  # type: ignore[attr-defined]
     module.fwd_workspace_bytes = fwd_workspace_bytes  # type: ignore[attr-defined]
-    module.bwd_workspace_bytes = fwd_workspace_bytes  # type: ignore[attr-defined]
+    module.bwd_workspace_bytes = bwd_workspace_bytes  # type: ignore[attr-defined]
     return module
 
 

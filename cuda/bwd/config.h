@@ -9,27 +9,47 @@
 
 namespace jax_fa3 {
 
+// How dQ, a sum over key tiles, comes about.
+//   kAnyOrder  the CTAs that make dK and dV add their keys' part in memory, as they come
+//   kInTurns   likewise, but one after another: the same bits in every run
+//   kOwnPass   CTAs of their own compute the scores again: seven products of queries and keys
+//              instead of five, nothing added in memory, the same bits in every run. two_pass/
+enum class DqSum { kAnyOrder, kInTurns, kOwnPass };
+
 struct BwdConfig {
   DType dtype;
   int head_dim;  // of query, key and value
   MaskKind mask;
-  int key_warpgroups;  // 64 keys each
+  DqSum dq_sum;
+  int key_warpgroups;  // 64 keys of a CTA each
   int tile_m;          // queries a step
   int stages;          // depth of the query ring and of the dout ring
-  int dscores_stages;  // depth of the ring of dS tiles between the key warpgroups and dQ's
+  int dscores_stages;  // depth of the ring of dS tiles between the key warpgroups and dQ's;
+                       // kOwnPass: of P tiles between the warpgroups of dV and dK
+  int k_stages = 0;    // kOwnPass: depth of the ring of keys of the CTAs that make dQ; they have
+                       // one stage of values, which they need for one product only
 
   static constexpr int kElementBytes = 2;
   // Rows of a block of dQ's accumulator; what lse, delta and dQ are padded to, whatever tile_m is.
   static constexpr int kBlockRows = 64;
   static constexpr int kPaddedRows = 128;
-  static constexpr int kDqColumns = 64;             // of dQ, at a time
-  static constexpr int kDqBuffers = 2;              // on their way from registers to memory
+  static constexpr int kDqColumns = 64;       // of dQ, at a time
+  static constexpr int kDqBuffers = 2;        // on their way from registers to memory
+  static constexpr int kQueryWarpgroups = 2;  // kOwnPass: of a CTA that makes dQ
+  static constexpr int kQueryRows = 64 * kQueryWarpgroups;
+  static constexpr int kLoaderRegisters = 24;
   static constexpr int kMaxSmemBytes = 227 * 1024;  // a CTA on sm_90, CUDA C++ guide, table 30
 
   constexpr int tile_n() const { return 64 * key_warpgroups; }
   constexpr int key_warps() const { return 4 * key_warpgroups; }
-  // The key warpgroups, and the one that loads and makes dQ.
-  constexpr int threads() const { return 128 * (key_warpgroups + 1); }
+  constexpr bool two_pass() const { return dq_sum == DqSum::kOwnPass; }
+  constexpr bool deterministic() const { return dq_sum != DqSum::kAnyOrder; }
+
+  // The key warpgroups, and the one that loads and makes dQ. Of two passes: two, and the one that
+  // loads.
+  constexpr int threads() const {
+    return 128 * ((two_pass() ? kQueryWarpgroups : key_warpgroups) + 1);
+  }
 
   constexpr int kv_bytes() const { return tile_n() * head_dim * kElementBytes; }
   constexpr int q_bytes() const { return tile_m * head_dim * kElementBytes; }
@@ -39,18 +59,37 @@ struct BwdConfig {
   // Tiles, rows of lse and delta, then barriers: key and value; full of each stage, full and empty
   // of dS; rounded up to its alignment. launch.cuh asserts that it is sizeof(BwdSmem).
   constexpr int smem_bytes() const {
+    if (two_pass()) {
+      const int keys =
+          two_pass_bytes(2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes(),
+                         stages * 2 * stats_bytes(), 2 + 4 * stages + 2 * dscores_stages);
+      const int queries =
+          two_pass_bytes(2 * kQueryWarpgroups * q_bytes() + (k_stages + 1) * kv_bytes(), 0,
+                         2 * kQueryWarpgroups + 2 * (k_stages + 1));
+      return keys > queries ? keys : queries;
+    }
     const int tiles = 2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes() +
                       kDqBuffers * dq_bytes();
     const int barriers = 8 * (2 + 2 * stages + 2 * dscores_stages);
     return (tiles + stages * 2 * stats_bytes() + barriers + 1023) / 1024 * 1024;
   }
 
+  static constexpr int two_pass_bytes(int tiles, int rows, int barriers) {
+    return (tiles + rows + 8 * barriers + 1023) / 1024 * 1024;
+  }
+
   // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at
   // launch, threads() times the cap that __launch_bounds__ implies.
   constexpr int dq_registers() const { return 72; }
-  constexpr int key_registers() const { return 216; }
+  constexpr int key_registers() const { return two_pass() ? 240 : 216; }
 
   constexpr bool fits() const {
+    if (two_pass()) {
+      return smem_bytes() <= kMaxSmemBytes && head_dim % 64 == 0 && key_warpgroups == 1 &&
+             tile_m == 64 && stages >= 2 && dscores_stages >= 1 && k_stages >= 2 &&
+             128 * (kLoaderRegisters + kQueryWarpgroups * key_registers()) <=
+                 65536 / threads() / 8 * 8 * threads();
+    }
     return smem_bytes() <= kMaxSmemBytes && head_dim % 64 == 0 && stages >= 2 &&
            tile_m % kBlockRows == 0 && kPaddedRows % tile_m == 0 && dscores_stages >= 1 &&
            128 * (dq_registers() + key_warpgroups * key_registers()) <=
@@ -58,25 +97,39 @@ struct BwdConfig {
   }
 };
 
-template <DType kDType, MaskKind kMask>
+template <DType kDType, MaskKind kMask, DqSum kDqSum = DqSum::kAnyOrder>
 struct BwdHdim64 {
   static constexpr BwdConfig value{.dtype = kDType,
                                    .head_dim = 64,
                                    .mask = kMask,
+                                   .dq_sum = kDqSum,
                                    .key_warpgroups = 2,
                                    .tile_m = 128,
                                    .stages = 3,
                                    .dscores_stages = 1};
 };
-template <DType kDType, MaskKind kMask>
+template <DType kDType, MaskKind kMask, DqSum kDqSum = DqSum::kAnyOrder>
 struct BwdHdim128 {
   static constexpr BwdConfig value{.dtype = kDType,
                                    .head_dim = 128,
                                    .mask = kMask,
+                                   .dq_sum = kDqSum,
                                    .key_warpgroups = 2,
                                    .tile_m = 64,
                                    .stages = 3,
                                    .dscores_stages = 2};
+};
+template <DType kDType, MaskKind kMask>
+struct BwdHdim256 {
+  static constexpr BwdConfig value{.dtype = kDType,
+                                   .head_dim = 256,
+                                   .mask = kMask,
+                                   .dq_sum = DqSum::kOwnPass,
+                                   .key_warpgroups = 1,
+                                   .tile_m = 64,
+                                   .stages = 2,
+                                   .dscores_stages = 2,
+                                   .k_stages = 2};
 };
 
 // The names a profiler prints.
@@ -84,10 +137,23 @@ struct BwdBf16Hdim64Full : BwdHdim64<DType::kBF16, MaskKind::kFull> {};
 struct BwdBf16Hdim64Causal : BwdHdim64<DType::kBF16, MaskKind::kCausal> {};
 struct BwdBf16Hdim128Full : BwdHdim128<DType::kBF16, MaskKind::kFull> {};
 struct BwdBf16Hdim128Causal : BwdHdim128<DType::kBF16, MaskKind::kCausal> {};
+struct BwdBf16Hdim256Full : BwdHdim256<DType::kBF16, MaskKind::kFull> {};
+struct BwdBf16Hdim256Causal : BwdHdim256<DType::kBF16, MaskKind::kCausal> {};
+struct BwdBf16Hdim64FullInTurns : BwdHdim64<DType::kBF16, MaskKind::kFull, DqSum::kInTurns> {};
+struct BwdBf16Hdim64CausalInTurns : BwdHdim64<DType::kBF16, MaskKind::kCausal, DqSum::kInTurns> {};
+struct BwdBf16Hdim128FullInTurns : BwdHdim128<DType::kBF16, MaskKind::kFull, DqSum::kInTurns> {};
+struct BwdBf16Hdim128CausalInTurns : BwdHdim128<DType::kBF16, MaskKind::kCausal, DqSum::kInTurns> {
+};
 struct BwdF16Hdim64Full : BwdHdim64<DType::kF16, MaskKind::kFull> {};
 struct BwdF16Hdim64Causal : BwdHdim64<DType::kF16, MaskKind::kCausal> {};
 struct BwdF16Hdim128Full : BwdHdim128<DType::kF16, MaskKind::kFull> {};
 struct BwdF16Hdim128Causal : BwdHdim128<DType::kF16, MaskKind::kCausal> {};
+struct BwdF16Hdim256Full : BwdHdim256<DType::kF16, MaskKind::kFull> {};
+struct BwdF16Hdim256Causal : BwdHdim256<DType::kF16, MaskKind::kCausal> {};
+struct BwdF16Hdim64FullInTurns : BwdHdim64<DType::kF16, MaskKind::kFull, DqSum::kInTurns> {};
+struct BwdF16Hdim64CausalInTurns : BwdHdim64<DType::kF16, MaskKind::kCausal, DqSum::kInTurns> {};
+struct BwdF16Hdim128FullInTurns : BwdHdim128<DType::kF16, MaskKind::kFull, DqSum::kInTurns> {};
+struct BwdF16Hdim128CausalInTurns : BwdHdim128<DType::kF16, MaskKind::kCausal, DqSum::kInTurns> {};
 
 struct NamedBwdConfig {
   const char* name;
@@ -95,15 +161,27 @@ struct NamedBwdConfig {
 };
 
 // The one list. plan.cc searches it, launch.cu turns an index into a kernel, tests walk it.
-#define JAX_FA3_BWD_CONFIGS(X) \
-  X(BwdBf16Hdim64Full)         \
-  X(BwdBf16Hdim64Causal)       \
-  X(BwdBf16Hdim128Full)        \
-  X(BwdBf16Hdim128Causal)      \
-  X(BwdF16Hdim64Full)          \
-  X(BwdF16Hdim64Causal)        \
-  X(BwdF16Hdim128Full)         \
-  X(BwdF16Hdim128Causal)
+#define JAX_FA3_BWD_CONFIGS(X)   \
+  X(BwdBf16Hdim64Full)           \
+  X(BwdBf16Hdim64Causal)         \
+  X(BwdBf16Hdim128Full)          \
+  X(BwdBf16Hdim128Causal)        \
+  X(BwdBf16Hdim256Full)          \
+  X(BwdBf16Hdim256Causal)        \
+  X(BwdBf16Hdim64FullInTurns)    \
+  X(BwdBf16Hdim64CausalInTurns)  \
+  X(BwdBf16Hdim128FullInTurns)   \
+  X(BwdBf16Hdim128CausalInTurns) \
+  X(BwdF16Hdim64Full)            \
+  X(BwdF16Hdim64Causal)          \
+  X(BwdF16Hdim128Full)           \
+  X(BwdF16Hdim128Causal)         \
+  X(BwdF16Hdim256Full)           \
+  X(BwdF16Hdim256Causal)         \
+  X(BwdF16Hdim64FullInTurns)     \
+  X(BwdF16Hdim64CausalInTurns)   \
+  X(BwdF16Hdim128FullInTurns)    \
+  X(BwdF16Hdim128CausalInTurns)
 
 #define JAX_FA3_NAMED(config) NamedBwdConfig{#config, config::value},
 inline constexpr NamedBwdConfig kBwdConfigs[] = {JAX_FA3_BWD_CONFIGS(JAX_FA3_NAMED)};

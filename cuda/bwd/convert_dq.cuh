@@ -22,15 +22,19 @@ __global__ void __launch_bounds__(ptx::kWarpgroupSize)
   const int64_t pair = static_cast<int64_t>(batch) * params.heads_q + head;
   const float4* const blocks = reinterpret_cast<const float4*>(params.dq_accumulator) +
                                (pair * params.blocks + m) * (BwdConfig::kBlockRows * kHeadDim / 4);
-  const int quad_lane = threadIdx.x % 4;
   const int32_t first_row = m * BwdConfig::kBlockRows + accumulator_row();
 
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
-    float4 dq[kAccumulators / 4];
+    float dq[kAccumulators];
 #pragma unroll
-    for (int i = 0; i < kAccumulators / 4; ++i) {
-      dq[i] = blocks[(chunk * (kAccumulators / 4) + i) * ptx::kWarpgroupSize + threadIdx.x];
+    for (int i = 0; i < kAccumulators; i += 4) {
+      const float4 four =
+          blocks[(chunk * kAccumulators + i) / 4 * ptx::kWarpgroupSize + threadIdx.x];
+      dq[i] = four.x;
+      dq[i + 1] = four.y;
+      dq[i + 2] = four.z;
+      dq[i + 3] = four.w;
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -39,20 +43,7 @@ __global__ void __launch_bounds__(ptx::kWarpgroupSize)
       uint4* const out = reinterpret_cast<uint4*>(static_cast<uint16_t*>(params.dq) +
                                                   (token * params.heads_q + head) * kHeadDim +
                                                   chunk * BwdConfig::kDqColumns);
-#pragma unroll
-      for (int group = 0; group < BwdConfig::kDqColumns / 32; ++group) {
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float4& four = dq[4 * group + i];  // columns of 8: row, row, row + 8, row + 8
-          words[i] = pack<kDType>((r == 0 ? four.x : four.z) * params.scale,
-                                  (r == 0 ? four.y : four.w) * params.scale);
-        }
-        quad_transpose(words);
-        if (row < params.seqlen_q) {
-          out[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
+      store_row<kDType>(dq, r, params.scale, out, row < params.seqlen_q);
     }
   }
 }

@@ -1,4 +1,5 @@
-// Before the main kernel: delta = rowsum(dout * out) - dlse, lse in base 2, and zeros for dQ.
+// Before the main kernel: delta = rowsum(dout * out) - dlse, lse in base 2, and zeros for
+// what the key tiles add to.
 //
 // With P = exp(S - lse) and cotangents of both results, dS = P * (dP - rowsum(dout * out) + dlse):
 // one more subtraction here gives lse an exact gradient.
@@ -15,7 +16,7 @@ namespace jax_fa3 {
 inline constexpr int kDeltaThreads = 128;
 
 // One CTA a block of 64 queries of a head; heads next to each other, as they lie in memory.
-template <DType kDType, int kHeadDim>
+template <DType kDType, int kHeadDim, DqSum kDqSum>
 __global__ void __launch_bounds__(kDeltaThreads)
     delta_kernel(const __grid_constant__ DeltaParams params) {
   constexpr int kLanes = kHeadDim / 8;  // 16 bytes a lane
@@ -40,11 +41,16 @@ __global__ void __launch_bounds__(kDeltaThreads)
     }
   }
 
-  float4* const zeros = reinterpret_cast<float4*>(params.dq_accumulator) +
-                        (pair * params.blocks + m) * (BwdConfig::kBlockRows * kHeadDim / 4);
+  if constexpr (kDqSum != DqSum::kOwnPass) {
+    float4* const zeros = reinterpret_cast<float4*>(params.dq_accumulator) +
+                          (pair * params.blocks + m) * (BwdConfig::kBlockRows * kHeadDim / 4);
 #pragma unroll
-  for (int i = 0; i < BwdConfig::kBlockRows * kHeadDim / 4; i += kDeltaThreads) {
-    zeros[i + threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = 0; i < BwdConfig::kBlockRows * kHeadDim / 4; i += kDeltaThreads) {
+      zeros[i + threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
+  if constexpr (kDqSum == DqSum::kInTurns) {
+    if (threadIdx.x == 0) params.turns[pair * params.blocks + m] = 0;
   }
 
 #pragma unroll

@@ -1,5 +1,6 @@
 // The dQ warpgroup: dQ = dS K of each step over the CTA's keys, added to the accumulator in global
-// memory, off the key warpgroups' critical path.
+// memory, off the key warpgroups' critical path. Where the result must be the same bits in every
+// run, the key tiles take turns.
 //
 // The accumulator keeps registers' order, so that a lane moves 16 bytes at a time: of a block of 64
 // queries x 64 columns, accumulators 4 k .. 4 k + 3 of thread t are floats 4 (128 k + t) + 0 .. 3.
@@ -22,6 +23,7 @@ class DqWarpgroup {
   static constexpr int kChunks = kConfig.head_dim / BwdConfig::kDqColumns;
   static constexpr int kBlocks = kConfig.tile_m / BwdConfig::kBlockRows * kChunks;  // a step
   static constexpr int kAccumulators = BwdConfig::kDqColumns / 2;
+  static constexpr bool kInTurns = kConfig.dq_sum == DqSum::kInTurns;
 
  public:
   __device__ __forceinline__ DqWarpgroup(const BwdParams& params, const BwdRings<Config>& rings,
@@ -37,17 +39,22 @@ class DqWarpgroup {
     if (steps == 0) return;
     ptx::mbarrier_wait(rings_.k_full, 0);
     // The steps of one head lie next to each other, its siblings' a whole head away.
+    using Order = StepOrder<Config>;
     float* block =
         params_.dq_accumulator + row_index(params_, work_.batch, work_.head_k * params_.group,
-                                           work_.steps.begin * kConfig.tile_m) *
+                                           Order(params_, work_.steps).first * kConfig.tile_m) *
                                      kConfig.head_dim;
+    constexpr int kStride = Order::kBackwards ? -kStep : kStep;
     const int64_t next_head =
-        static_cast<int64_t>(params_.padded_q - steps * kConfig.tile_m) * kConfig.head_dim;
+        static_cast<int64_t>(params_.padded_q) * kConfig.head_dim - int64_t{steps} * kStride;
     int32_t left_of_head = steps;
 #pragma unroll 1
     for (int32_t left = params_.group * steps; left > 0; --left) {
       rings_.dscores_ring.wait(at_);
-      if (leader && left != params_.group * steps) loader.load_step();
+      if (leader) {
+        if constexpr (kInTurns) look_at_turn(block);
+        if (left != params_.group * steps) loader.load_step();
+      }
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
@@ -59,19 +66,23 @@ class DqWarpgroup {
           rings_.dscores_ring.release(at_);
           at_.advance();
         }
-        add(leader, block);
-        block += kBlock;
+        add(leader, i, block + i * kBlock);
       }
+      block += kStride;
       if (--left_of_head == 0) {
         left_of_head = steps;
         block += next_head;
       }
     }
-    if (leader) ptx::bulk_wait_read<0>();
+    if (leader) {
+      ptx::bulk_wait_read<0>();
+      if constexpr (kInTurns) pass_turn();
+    }
   }
 
  private:
   static constexpr int kBlock = BwdConfig::kBlockRows * BwdConfig::kDqColumns;  // floats
+  static constexpr int kStep = kConfig.tile_m * kConfig.head_dim;
 
   // 64 rows and columns of dS K: A [64 queries, keys] and B [keys, 64], both stored with the keys
   // as rows.
@@ -89,14 +100,22 @@ class DqWarpgroup {
     ptx::wgmma_commit();
   }
 
-  // Adds a block to the accumulator: registers to shared memory, from where the copy engine takes
-  // it. Two buffers: the one to fill was the last but one to leave.
-  __device__ __forceinline__ void add(bool leader, float* destination) {
+  // Adds block `i` of a step to the accumulator: registers to shared memory, from where the copy
+  // engine takes it. Two buffers: the one to fill was the last but one to leave.
+  __device__ __forceinline__ void add(bool leader, int i, float* destination) {
     static_assert(BwdConfig::kDqBuffers == 2);
     constexpr int kBarrier = static_cast<int>(ptx::NamedBarrier::kDq);
     const uint32_t buffer = rings_.dq + buffer_ * BwdConfig::dq_bytes();
     buffer_ ^= 1;
-    if (leader) ptx::bulk_wait_read<1>();
+    if (leader) {
+      if (kInTurns && i == 0) {
+        // A step later its additions are complete, or nearly: to wait for them at once took up to a
+        // fifth more time.
+        if (turn_ >= 0) pass_turn();
+      } else {
+        ptx::bulk_wait_read<1>();
+      }
+    }
     ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
     const uint32_t address = buffer + threadIdx.x % ptx::kWarpgroupSize * 16;
 #pragma unroll
@@ -108,9 +127,34 @@ class DqWarpgroup {
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
     if (leader) {
+      if (kInTurns && i == 0) await_turn(destination);
       ptx::bulk_add_f32(destination, buffer, BwdConfig::dq_bytes());
       ptx::bulk_commit();
     }
+  }
+
+  // Key tiles add to a step in the order of their launch, so that none waits for one that has no
+  // multiprocessor yet. One thread; `step` is where its blocks begin.
+  //
+  // The counters are relaxed: they publish nothing, they order additions that the L2 does. Those of
+  // one tile have been done when its bulk_wait returns, and those of the next are issued after it
+  // has read the counter. (With release, acquire and proxy fences the mode took a third more time.)
+  __device__ __forceinline__ void look_at_turn(const float* step) {
+    seen_ = ptx::load_relaxed(params_.turns + turn_index(step));
+  }
+  __device__ __forceinline__ void await_turn(const float* step) {
+    turn_ = turn_index(step);
+    while (seen_ != static_cast<uint32_t>(work_.n_tile)) {
+      seen_ = ptx::load_relaxed(params_.turns + turn_);
+    }
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    ptx::bulk_wait<0>();
+    ptx::add_relaxed(params_.turns + turn_, 1);
+  }
+  __device__ __forceinline__ int32_t turn_index(const float* step) const {
+    return static_cast<int32_t>((step - params_.dq_accumulator) /
+                                (BwdConfig::kBlockRows * kConfig.head_dim));
   }
 
   const BwdParams& params_;
@@ -118,6 +162,8 @@ class DqWarpgroup {
   const KeyWork& work_;
   typename BwdRings<Config>::DscoresPosition at_;
   int buffer_ = 0;
+  int32_t turn_ = -1;  // index of the step added to last; none yet
+  uint32_t seen_;      // of a turn's counter
   float dq_[kAccumulators];
 };
 

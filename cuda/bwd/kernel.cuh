@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
   }
   __syncthreads();
 
-  const KeyWork work = key_work<Config>(params);
+  const KeyWork work = key_work<Config>(params, blockIdx.x);
   const int warpgroup = ptx::warpgroup_index();
   if (warpgroup < kConfig.key_warpgroups) {
     ptx::grow_registers<kConfig.key_registers()>();

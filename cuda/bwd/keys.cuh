@@ -75,7 +75,8 @@ class KeyWarpgroup {
                                        float (&dv)[kGrads]) {
     const int32_t total = params_.group * (work_.steps.end - work_.steps.begin);
     float product[kScores];
-    int32_t m = work_.steps.begin;
+    const StepOrder<Config> order(params_, work_.steps);
+    int32_t m = order.first;
     ptx::mbarrier_wait(rings_.k_full, 0);
     ptx::mbarrier_wait(rings_.v_full, 0);
     if (total > 0) wait(rings_.q_full, at_);
@@ -109,7 +110,7 @@ class KeyWarpgroup {
       auto next = at_;
       if (left > 1) {
         next.advance();
-        if (++m == work_.steps.end) m = work_.steps.begin;
+        order.advance(m);
         wait(rings_.q_full, next);
       }
       ptx::wgmma_wait<0>();
@@ -236,11 +237,16 @@ class KeyWarpgroup {
   __device__ __forceinline__ void hand_over(const uint32_t (&dscores)[kScores / 2]) {
     const uint32_t tile = rings_.dscores + dscores_at_.stage * kConfig.dscores_bytes();
     ptx::mbarrier_wait(rings_.dscores_ring.empty_barrier(dscores_at_.stage), dscores_at_.phase ^ 1);
+    uint32_t lane = dscores_lane_;
+    if constexpr (kConfig.dq_sum == DqSum::kInTurns) {
+      // Opaque in each step, or ptxas keeps all of its swizzled forms in registers and spills.
+      asm volatile("" : "+r"(lane));
+    }
 #pragma unroll
     for (int step = 0; step < kTileM / 16; ++step) {  // 16 columns are 32 bytes, swizzled
       const uint32_t half = tile + step / 4 * kTileN * 128;
-      ptx::stmatrix_x4(half + (dscores_lane_ ^ step % 4 << 5), dscores[4 * step],
-                       dscores[4 * step + 1], dscores[4 * step + 2], dscores[4 * step + 3]);
+      ptx::stmatrix_x4(half + (lane ^ step % 4 << 5), dscores[4 * step], dscores[4 * step + 1],
+                       dscores[4 * step + 2], dscores[4 * step + 3]);
     }
     ptx::fence_proxy_async();
     __syncwarp();
@@ -252,26 +258,13 @@ class KeyWarpgroup {
   __device__ __forceinline__ void store(const float (&gradient)[kGrads], float scale,
                                         void* tensor) {
     const int32_t key = first_key() + accumulator_row();
-    const int quad_lane = threadIdx.x % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t token = static_cast<int64_t>(work_.batch) * params_.seqlen_k + key + 8 * r;
-      uint4* const row =
+      auto* const row =
           reinterpret_cast<uint4*>(static_cast<uint16_t*>(tensor) +
                                    (token * params_.grid.heads_k + work_.head_k) * kHeadDim);
-#pragma unroll
-      for (int group = 0; group < kHeadDim / 32; ++group) {
-        uint32_t words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = (4 * group + i) * 4 + 2 * r;
-          words[i] = pack<kConfig.dtype>(gradient[at] * scale, gradient[at + 1] * scale);
-        }
-        quad_transpose(words);
-        if (key + 8 * r < params_.seqlen_k) {
-          row[4 * group + quad_lane] = make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
+      store_row<kConfig.dtype>(gradient, r, scale, row, key + 8 * r < params_.seqlen_k);
     }
   }
 

@@ -37,6 +37,7 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
   auto* const lse_log2 = reinterpret_cast<float*>(workspace + layout.lse_log2);
   auto* const delta = reinterpret_cast<float*>(workspace + layout.delta);
   auto* const dq_accumulator = reinterpret_cast<float*>(workspace + layout.dq_accumulator);
+  auto* const turns = reinterpret_cast<uint32_t*>(workspace + layout.turns);
   const auto seqlen_q = static_cast<int32_t>(problem.seqlen_q);
   const auto heads_q = static_cast<int32_t>(problem.heads_q);
   const int32_t blocks = plan.padded_q / BwdConfig::kBlockRows;
@@ -51,6 +52,7 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
     params.lse_log2 = lse_log2;
     params.delta = delta;
     params.dq_accumulator = dq_accumulator;
+    params.turns = turns;
     params.seqlen_q = seqlen_q;
     params.padded_q = plan.padded_q;
     params.heads_q = heads_q;
@@ -58,10 +60,11 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
     JAX_FA3_RETURN_IF_ERROR(launch.delta(block_ctas, params, stream));
   }
 
-  if (plan.grid.tiles > 0) {
-    // Without queries there is nothing to map, and dK and dV are zeros; any valid address will do.
-    const bool no_queries = block_ctas == 0;
-    const void* const some = buffers.key;
+  if (plan.grid.tiles > 0 || plan.query_grid.tiles > 0) {
+    // Where there is no query or no key there is nothing to map, and the results are zeros; any
+    // valid address will do.
+    const bool no_queries = block_ctas == 0, no_keys = plan.grid.tiles == 0;
+    const void* const some = no_keys ? buffers.query : buffers.key;
     BwdParams params{};
     const auto encode = [&](const char* name, const void* data, int64_t batch, int64_t seqlen,
                             int64_t heads, int rows, TensorMap& map) {
@@ -74,21 +77,25 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
     status = encode("dout", no_queries ? some : buffers.dout, problem.batch, problem.seqlen_q,
                     problem.heads_q, config.tile_m, params.dout_map);
     if (!status.ok()) return status;
-    status = encode("key", buffers.key, problem.batch_k, problem.seqlen_k, problem.heads_k,
-                    config.tile_n(), params.k_map);
+    status = encode("key", no_keys ? some : buffers.key, problem.batch_k, problem.seqlen_k,
+                    problem.heads_k, config.tile_n(), params.k_map);
     if (!status.ok()) return status;
-    status = encode("value", buffers.value, problem.batch_v, problem.seqlen_k, problem.heads_k,
-                    config.tile_n(), params.v_map);
+    status = encode("value", no_keys ? some : buffers.value, problem.batch_v, problem.seqlen_k,
+                    problem.heads_k, config.tile_n(), params.v_map);
     if (!status.ok()) return status;
 
     constexpr double kLog2e = 1.4426950408889634;
     params.lse_log2 = lse_log2;
     params.delta = delta;
     params.dq_accumulator = dq_accumulator;
+    params.turns = turns;
+    params.dq = buffers.dq;
     params.dk = buffers.dk;
     params.dv = buffers.dv;
     params.query_offset = buffers.query_offset;
     params.grid = plan.grid;
+    params.query_grid = plan.query_grid;
+    params.keys_first = plan.keys_first;
     params.batch_map = problem.batch_map;
     params.seqlen_q = seqlen_q;
     params.seqlen_k = static_cast<int32_t>(problem.seqlen_k);
@@ -103,7 +110,7 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
     }
   }
 
-  if (block_ctas > 0) {
+  if (block_ctas > 0 && !config.two_pass()) {
     ConvertParams params{};
     params.dq_accumulator = dq_accumulator;
     params.dq = buffers.dq;

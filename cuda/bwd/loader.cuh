@@ -21,7 +21,8 @@ class Loader {
         work_(work),
         batch_(operand_batch(params.batch_map, work.batch)),
         head_(work.head_k * params.group),
-        m_(work.steps.begin),
+        order_(params, work.steps),
+        m_(order_.first),
         left_(params.group * (work.steps.end - work.steps.begin)) {}
 
   // Everything that there is room for, in the order in which it is waited for.
@@ -58,10 +59,7 @@ class Loader {
               params_.delta);
     at_.advance();
     --left_;
-    if (++m_ == work_.steps.end) {
-      m_ = work_.steps.begin;
-      ++head_;
-    }
+    if (order_.advance(m_)) ++head_;
   }
   // A step's rows of query or dout, and what belongs to them of lse or delta.
   __device__ __forceinline__ void load_rows(const TensorMap& map, uint32_t full, uint32_t tiles,
@@ -79,7 +77,9 @@ class Loader {
   const BwdRings<Config>& rings_;
   const KeyWork& work_;
   const OperandBatch batch_;
-  int32_t head_, m_;
+  int32_t head_;
+  const StepOrder<Config> order_;
+  int32_t m_;
   int32_t left_;  // steps still to be loaded
   typename BwdRings<Config>::Position at_;
 };

@@ -5,6 +5,7 @@
 
 #include "cuda/core/problem.h"
 #include "cuda/core/tensor_map.h"
+#include "cuda/core/tile_scheduler.h"
 
 namespace jax_fa3 {
 
@@ -24,13 +25,19 @@ struct BwdParams {
   TensorMap k_map;
   TensorMap v_map;
   TensorMap dout_map;
-  const float* lse_log2;        // [batch, heads_q, padded_q]: lse * log2(e), +inf beyond seqlen_q
-  const float* delta;           // [batch, heads_q, padded_q]: rowsum(dout * out) - dlse
-  float* dq_accumulator;        // [batch, heads_q, padded_q / 64, head_dim / 64][64 x 64]: dq.cuh
-  void* dk;                     // [batch, seqlen_k, heads_k, head_dim]
-  void* dv;                     // likewise
+  const float* lse_log2;  // [batch, heads_q, padded_q]: lse * log2(e), +inf beyond seqlen_q
+  const float* delta;     // [batch, heads_q, padded_q]: rowsum(dout * out) - dlse
+  float* dq_accumulator;  // [batch, heads_q, padded_q / 64, head_dim / 64][64 x 64]: dq.cuh
+                          // but for kOwnPass
+  uint32_t* turns;        // kInTurns: [batch, heads_q, padded_q / 64], how many key tiles have
+                          // added their part to a step's dQ, by its first 64 rows
+  void* dq;               // [batch, seqlen_q, heads_q, head_dim]: kOwnPass only
+  void* dk;               // [batch, seqlen_k, heads_k, head_dim]
+  void* dv;               // likewise
   const int32_t* query_offset;  // [batch], or null: `diagonal` holds for every row
   KeyTileGrid grid;
+  TileGrid query_grid;  // kOwnPass: the CTAs that make dQ
+  bool keys_first;      // and whether they come after the others
   BatchMap batch_map;
   int32_t seqlen_q;
   int32_t seqlen_k;
@@ -50,7 +57,8 @@ struct DeltaParams {
   const float* dlse;  // likewise
   float* lse_log2;    // as in BwdParams
   float* delta;
-  float* dq_accumulator;  // zeroed
+  float* dq_accumulator;  // zeroed, where there is one
+  uint32_t* turns;        // likewise
   int32_t seqlen_q;
   int32_t padded_q;
   int32_t heads_q;

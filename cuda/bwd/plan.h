@@ -16,7 +16,9 @@ namespace jax_fa3 {
 
 struct BwdPlan {
   size_t config_index = 0;  // into kBwdConfigs
-  KeyTileGrid grid{};
+  KeyTileGrid grid{};       // the CTAs that make dK and dV
+  TileGrid query_grid{};    // two passes: those that make dQ
+  bool keys_first = true;
   int32_t padded_q = 0;
   const NamedBwdConfig& named() const { return kBwdConfigs[config_index]; }
 };
@@ -28,11 +30,13 @@ int find_bwd_config(const std::string& name);
 Status plan_bwd(const Problem& problem, const Device& device, BwdPlan& plan);
 
 // The workspace of a backward pass, in bytes from its start: what the three kernels hand on.
-// batch * heads_q * padded_q rows, each with two floats and head_dim of dQ's accumulator.
+// batch * heads_q * padded_q rows, each with two floats; of one pass also head_dim of dQ's
+// accumulator and, where it is to be deterministic, a turn for every 64 rows.
 struct BwdWorkspace {
   int64_t lse_log2 = 0;
   int64_t delta = 0;
   int64_t dq_accumulator = 0;
+  int64_t turns = 0;
   int64_t bytes = 0;
 
   BwdWorkspace(const Problem& problem, const BwdPlan& plan);

@@ -66,20 +66,41 @@ struct KeyWork {
   QuerySteps steps;
 };
 
+// The order of a head's steps. In turns with a causal mask it is from the last query backwards:
+// the steps that all key tiles have come first, and a tile waits for one that is ahead of it.
 template <class Config>
-__device__ __forceinline__ KeyWork key_work(const BwdParams& params) {
+struct StepOrder {
+  static constexpr bool kBackwards =
+      Config::value.dq_sum == DqSum::kInTurns && Config::value.mask == MaskKind::kCausal;
+  int32_t first, end;
+
+  // A head's last step is the same for all keys; worked out anew, it needs no register.
+  __device__ __forceinline__ StepOrder(const BwdParams& params, const QuerySteps& steps)
+      : first(kBackwards ? ceil_div(params.seqlen_q, Config::value.tile_m) - 1 : steps.begin),
+        end(kBackwards ? steps.begin - 1 : steps.end) {}
+  // Returns whether a next head begins.
+  __device__ __forceinline__ bool advance(int32_t& m) const {
+    m += kBackwards ? -1 : 1;
+    if (m != end) return false;
+    m = first;
+    return true;
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ KeyWork key_work(const BwdParams& params, uint32_t index) {
   constexpr BwdConfig kConfig = Config::value;
   const KeyTileGrid& grid = params.grid;
   uint32_t n_tile, pair;
-  if constexpr (kConfig.mask == MaskKind::kCausal) {
-    // Of key tiles the first are the longest.
-    const LongestFirst at =
-        longest_first(grid.tiles, grid.n_tiles, grid.pairs_in_flight, blockIdx.x);
+  if constexpr (kConfig.mask == MaskKind::kCausal || kConfig.dq_sum == DqSum::kInTurns) {
+    // Of key tiles the first are the longest. In turns: those of other pairs lie between two of
+    // the same, which gives the first a start.
+    const LongestFirst at = longest_first(grid.tiles, grid.n_tiles, grid.pairs_in_flight, index);
     n_tile = at.rank;
     pair = at.pair;
   } else {
-    n_tile = blockIdx.x % grid.n_tiles;
-    pair = blockIdx.x / grid.n_tiles;
+    n_tile = index % grid.n_tiles;
+    pair = index / grid.n_tiles;
   }
   KeyWork work;
   work.n_tile = n_tile;

@@ -37,6 +37,7 @@ struct Problem {
   int64_t diagonal = 0;           // causal: query t sees keys s <= t + diagonal
   bool has_query_offset = false;  // the diagonal is read from device memory, one a batch row
   float scale = 1.0f;             // > 0
+  bool deterministic = false;     // backward: gradients are the same bits in every run
   int config = -1;  // the plan chooses; else an index into kFwdConfigs, for benchmarks
 };
 

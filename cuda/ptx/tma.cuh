@@ -52,6 +52,11 @@ template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
+// The calling thread's bulk groups but the newest kPending are complete, in global memory too.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
 // Orders this thread's ordinary accesses to shared memory before what wgmma and TMA do there next;
 // a barrier must follow for the other threads.
 __device__ __forceinline__ void fence_proxy_async() {

@@ -331,8 +331,9 @@ def test_nothing_is_logged_for_a_choice_that_was_asked_for(warnings_logged, monk
 
 
 def test_a_gpu_that_is_no_hopper_is_logged_once_while_lowering(warnings_logged, other_gpu):
-    for _ in range(2):
-        helpers.cuda_text(attend, *bf16())
+    gradient = jax.grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum())
+    for f in (attend, attend, gradient):
+        helpers.cuda_text(f, *bf16())
     texts = [text for _, text in warnings_logged]
     assert len(texts) == 1
     assert "8.0" in texts[0]

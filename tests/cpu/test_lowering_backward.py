@@ -5,10 +5,8 @@ The text is what the FFI handler was written against. A change here is a change 
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools
-import logging as std_logging
 import re
 
-import absl.logging
 import helpers
 import jax
 import jax.export
@@ -34,7 +32,7 @@ from jax_fa3 import _support
 attend = jax_fa3.dot_product_attention
 
 # A test holds this list to the extension's.
-DIMS = _support.BACKWARD_HEAD_DIMS
+DIMS = _support.KERNEL_HEAD_DIMS
 
 
 def bf16(**sizes):
@@ -165,7 +163,8 @@ def test_attributes_have_the_forwards_names_and_types():
     """The handler checks types: 3 and np.float32(3) must not differ."""
     for scale in (0.5, np.float32(0.5), np.float64(0.5)):
         found = attributes(call(bf16(), scale=scale))
-        assert set(found) == {"scale", "is_causal", "diagonal", "has_query_offset"}
+        shared = {"scale", "is_causal", "diagonal", "has_query_offset"}
+        assert set(found) == {*shared, "deterministic"}
         assert float_of(found["scale"]) == 0.5
         assert found["is_causal"] == found["has_query_offset"] == "false"
         assert found["diagonal"] == "0 : i64"
@@ -191,9 +190,41 @@ def test_attributes_have_the_forwards_names_and_types():
 def test_the_backward_is_told_what_the_forward_was(options):
     text = cuda_text(gradients(**options), *bf16(t=6, s=10))
     (forward,), (backward,) = kernel_lines(text), kernel_lines(text, BWD_TARGET)
-    assert attributes(backward) == attributes(forward)
+    assert attributes(backward) == {**attributes(forward), "deterministic": "false"}
     if "causal_alignment" in options:
         assert attributes(backward)["diagonal"] == "4 : i64"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("implementation", [None, "fa3"])
+@pytest.mark.parametrize("flag", [None, False, True])
+@pytest.mark.parametrize("h", DIMS)
+def test_a_deterministic_backward_is_an_attribute_and_its_workspace(
+    h, flag, implementation, kernels
+):
+    """The gradient's alone: the forward is deterministic anyway."""
+    options = {"deterministic_backward": flag, "implementation": implementation}
+    text = cuda_text(gradients(**options), *bf16(h=h, n=6, k=3))
+    (forward,), (backward,) = kernel_lines(text), kernel_lines(text, BWD_TARGET)
+    assert "deterministic" not in attributes(forward)
+    assert attributes(backward)["deterministic"] == ("true" if flag else "false")
+    _, results = signature(backward)
+    n = kernels.bwd_workspace_bytes(
+        "bfloat16", 2, 6, 10, 6, 3, h, False, deterministic=flag is True
+    )
+    assert results[3] == f"{n}xui8"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_configuration_makes_every_backward_deterministic(monkeypatch, kernels):
+    monkeypatch.setattr(jax_fa3.config, "deterministic_backward", True)
+    line = call(bf16())
+    assert attributes(line)["deterministic"] == "true"
+    n = kernels.bwd_workspace_bytes("bfloat16", 2, 6, 10, 4, 2, 64, False, deterministic=True)
+    assert signature(line)[1][3] == f"{n}xui8"
+    # The argument wins.
+    line = call(bf16(), deterministic_backward=False)
+    assert attributes(line)["deterministic"] == "false"
 
 
 @pytest.mark.usefixtures("kernels")
@@ -365,40 +396,6 @@ def test_the_text_is_the_same_every_time():
 # --- Where it may not run ----------------------------------------------------------------------
 
 
-def on_the_xla_path(text):
-    """The forward's kernel, and the backward in pure JAX from what it saved."""
-    assert kernel_calls(text) == 1
-    assert "jax_fa3_bwd" not in "\n".join(x for x in text.splitlines() if "custom_call" in x)
-    assert "dot_general" in text
-
-
-def missing_dims():
-    return sorted(set(_support.KERNEL_HEAD_DIMS) - set(DIMS))
-
-
-@pytest.mark.usefixtures("kernels")
-def test_a_head_dim_without_a_backward_kernel_takes_the_xla_path(monkeypatch):
-    for h in missing_dims():
-        on_the_xla_path(cuda_text(gradients(), *bf16(h=h)))
-    # Whatever head dims there will be.
-    monkeypatch.setattr(_support, "BACKWARD_HEAD_DIMS", (64,))
-    on_the_xla_path(cuda_text(gradients(), *bf16(h=128)))
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("implementation", [None, "fa3"])
-def test_a_deterministic_backward_takes_the_xla_path(implementation):
-    options = {"deterministic_backward": True, "implementation": implementation}
-    on_the_xla_path(cuda_text(gradients(**options), *bf16()))
-    assert backward_calls(cuda_text(gradients(implementation=implementation), *bf16())) == 1
-
-
-@pytest.mark.usefixtures("kernels")
-def test_the_configuration_makes_every_backward_deterministic(monkeypatch):
-    monkeypatch.setattr(jax_fa3.config, "deterministic_backward", True)
-    on_the_xla_path(cuda_text(gradients(), *bf16()))
-
-
 @pytest.mark.parametrize("fixture", ["no_extension", "other_gpu", "old_driver"])
 def test_where_no_kernel_runs_there_is_none_of_the_backward(fixture, request):
     request.getfixturevalue(fixture)
@@ -438,56 +435,15 @@ def test_export_names_the_backward_among_the_checks_that_it_disables():
 
 
 @pytest.mark.usefixtures("kernels")
-def test_explain_shows_the_backward_plan_or_why_there_is_none(monkeypatch):
-    said = jax_fa3.explain(*bf16(), is_causal=True)
-    assert "backward plan: " in said
-    assert "backward on the xla path" not in said
-
-    said = jax_fa3.explain(*bf16(), deterministic_backward=True)
-    assert "backward plan: " not in said
-    assert "backward on the xla path, from the saved out and lse: deterministic_backward" in said
-
-    monkeypatch.setattr(_support, "BACKWARD_HEAD_DIMS", (64,))
-    said = jax_fa3.explain(*bf16(h=128), deterministic_backward=True)
-    assert "  plan: " in said  # the forward's
-    assert "backward plan: " not in said
-    reasons = [line for line in said.splitlines() if "backward on the xla path" in line]
-    assert len(reasons) == 2
-    assert "head_dim 128" in reasons[0]
-    assert "deterministic_backward" in reasons[1]
-
-
-class FakeHopper:
-    device_kind = "NVIDIA H200"
-    compute_capability = "9.0"
-
-
-@pytest.mark.usefixtures("kernels")
-def test_a_backward_on_the_xla_path_is_logged_once_on_a_gpu(monkeypatch):
-    from jax_fa3 import _native
-
-    monkeypatch.setattr(_support, "_logged", set())
-    monkeypatch.setattr(_native, "visible_gpus", lambda: [FakeHopper()])
-    records = []
-
-    class Keep(std_logging.Handler):
-        def emit(self, record):
-            records.append((record.levelno, record.getMessage()))
-
-    handler = Keep()
-    absl.logging.get_absl_logger().addHandler(handler)
-    try:
-        for _ in range(2):
-            cuda_text(gradients(), *bf16())
-        assert records == []
-        for _ in range(2):
-            cuda_text(gradients(deterministic_backward=True), *bf16())
-    finally:
-        absl.logging.get_absl_logger().removeHandler(handler)
-    ((level, text),) = records
-    assert level == std_logging.WARNING
-    assert "the backward pass runs on the xla path" in text
-    assert "deterministic_backward" in text
+@pytest.mark.parametrize("deterministic", [None, False, True])
+@pytest.mark.parametrize("h", DIMS)
+def test_explain_shows_the_backward_plan_of_the_gradient_that_will_run(h, deterministic, kernels):
+    said = jax_fa3.explain(*bf16(h=h), is_causal=True, deterministic_backward=deterministic)
+    problem = ("bfloat16", 2, 6, 10, 4, 2, h, True)
+    plan = kernels.describe_bwd_plan(*problem, deterministic=deterministic is True)
+    assert [f"  backward plan: {line}" for line in plan.splitlines()] == [
+        line for line in said.splitlines() if "backward" in line
+    ]
 
 
 # --- The compiled extension --------------------------------------------------------------------
@@ -518,24 +474,33 @@ def test_the_plan_names_one_of_the_kernels(dtype, causal):
 
 
 @pytest.mark.extension
-def test_the_workspace_is_the_accumulator_of_dq_and_two_floats_a_row():
-    """What the documentation promises: float32 [B, N, T padded to whole steps, H + 2]."""
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("h", DIMS)
+def test_the_workspace_is_that_of_the_documentation(h, deterministic):
+    """Rows padded to 128, of two floats each; in 64 and 128 also of dQ in float32.
+
+    To sum that in a fixed order takes one more number for 64 rows.
+    """
     from jax_fa3 import _jax_fa3
 
-    for h in _jax_fa3.bwd_head_dims():
-        for b, t, s, n, k in [
-            (1, 1, 1, 1, 1),
-            (2, 65, 9, 6, 3),
-            (3, 4096, 0, 4, 1),
-            (70, 191, 5, 8, 8),
-        ]:
-            got = _jax_fa3.bwd_workspace_bytes("bfloat16", b, t, s, n, k, h, True)
-            padded, rest = divmod(got, 4 * b * n * (h + 2))
-            assert rest == 0
-            assert padded % 64 == 0
-            assert t <= padded < t + 128
-        for sizes in [(0, 5, 5, 2, 1), (2, 0, 7, 4, 2), (2, 5, 7, 0, 0)]:
-            assert _jax_fa3.bwd_workspace_bytes("float16", *sizes, h, False) == 0
+    for b, t, s, n, k in [
+        (1, 1, 1, 1, 1),
+        (2, 65, 9, 6, 3),
+        (2, 128, 9, 6, 3),
+        (3, 4096, 0, 4, 1),
+        (70, 191, 5, 8, 8),
+        (1, 131072, 131072, 8, 8),
+    ]:
+        rows = b * n * -(-t // 128) * 128
+        wanted = rows * 8 if h == 256 else rows * (4 * h + 8)
+        wanted += 4 * rows // 64 if deterministic and h < 256 else 0
+        problem = ("bfloat16", b, t, s, n, k, h, True)
+        assert _jax_fa3.bwd_workspace_bytes(*problem, deterministic=deterministic) == wanted
+        if not deterministic:
+            assert _jax_fa3.bwd_workspace_bytes(*problem) == wanted
+    for sizes in [(0, 5, 5, 2, 1), (2, 0, 7, 4, 2), (2, 5, 7, 0, 0)]:
+        problem = ("float16", *sizes, h, False)
+        assert _jax_fa3.bwd_workspace_bytes(*problem, deterministic=deterministic) == 0
 
 
 @pytest.mark.extension

@@ -116,7 +116,7 @@ def test_supported_head_dims_are_the_extensions():
     from jax_fa3 import _jax_fa3, _support
 
     assert sorted(_support.KERNEL_HEAD_DIMS) == sorted(_jax_fa3.supported_head_dims())
-    assert sorted(_support.BACKWARD_HEAD_DIMS) == sorted(_jax_fa3.bwd_head_dims())
+    assert sorted(_support.KERNEL_HEAD_DIMS) == sorted(_jax_fa3.bwd_head_dims())
 
 
 # --- Import --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Each known trap of an attention forward on Hopper, and the test that would see it.
+"""Each known trap of attention kernels on Hopper, and the test that would see it.
 
 From the errors of FlashAttention, cuDNN and CUTLASS that others have met and reported, and from
 those that our prototypes ran into.
@@ -75,6 +75,14 @@ TRAPS = {
         "gpu/test_determinism.py::test_2000_launches_of_varied_shapes_in_random_order",
         "gpu/test_jit_and_graphs.py::test_two_threads_dispatch_at_once",
         "cuda/fwd_device.cu",
+    ],
+    "CTAs that add in turns: one waits for one that cannot start, or that has nothing to add": [
+        "gpu/test_deterministic_backward.py::test_more_key_tiles_than_multiprocessors",
+        "gpu/test_deterministic_backward.py::test_offsets_that_leave_keys_without_queries",
+    ],
+    "turns that a launch leaves behind": [
+        "gpu/test_deterministic_backward.py::test_1000_launches_of_each_of_three_shapes",
+        "gpu/test_deterministic_backward.py::test_a_replayed_step_has_the_same_bits_for_the_same_input",
     ],
     "the same bits in every run, rows that are done again and cut tiles included": [
         "gpu/test_determinism.py::test_200_runs_have_the_same_bits",

@@ -52,6 +52,14 @@ TEST(BwdPlan, EveryDtypeHeadDimAndMaskHasItsConfiguration) {
         EXPECT_EQ(config.dtype, dtype);
         EXPECT_EQ(config.head_dim, head_dim);
         EXPECT_EQ(config.mask, mask);
+        // Slower where it takes turns, so only on request.
+        EXPECT_NE(config.dq_sum, DqSum::kInTurns);
+        p.deterministic = true;
+        const BwdConfig& deterministic = planned(p).named().config;
+        EXPECT_TRUE(deterministic.deterministic());
+        EXPECT_EQ(deterministic.head_dim, head_dim);
+        EXPECT_EQ(deterministic.mask, mask);
+        EXPECT_EQ(deterministic.dtype, dtype);
       }
     }
   }
@@ -83,6 +91,14 @@ TEST(BwdPlan, AForcedConfigurationRunsOrSaysWhyNot) {
     EXPECT_NE(message.find("config " + std::string(kBwdConfigs[i].name) + " is not for"),
               std::string::npos);
     EXPECT_NE(message.find(name(p.mask)), std::string::npos) << message;
+    p.mask = config.mask;
+    p.deterministic = true;
+    if (config.deterministic()) {
+      EXPECT_EQ(planned(p).config_index, i);
+    } else {
+      EXPECT_NE(refused(p, StatusCode::kInvalidArgument).find("is not deterministic"),
+                std::string::npos);
+    }
   }
 }
 
@@ -102,29 +118,75 @@ TEST(BwdPlan, TilesCoverTheKeysAndStepsTheQueries) {
       EXPECT_GE(plan.padded_q, seqlen);
       EXPECT_LT(plan.padded_q, seqlen + 128);
       EXPECT_EQ(plan.padded_q % 64, 0);
+      if (plan.named().config.two_pass()) {
+        const TileGrid& queries = plan.query_grid;
+        EXPECT_GE(queries.m_tiles * BwdConfig::kQueryRows, seqlen);
+        EXPECT_LT((queries.m_tiles - 1) * BwdConfig::kQueryRows, seqlen);
+        EXPECT_EQ(queries.tiles, static_cast<uint32_t>(queries.m_tiles * 3 * 4));
+        EXPECT_EQ(queries.heads, 4);
+        EXPECT_GE(queries.heads_in_flight, 1);
+      } else {
+        EXPECT_EQ(plan.query_grid.tiles, 0u);
+      }
     }
   }
 }
 
-TEST(BwdPlan, TheWorkspaceIsTheAccumulatorAndTwoFloatsARow) {
+// Bytes of workspace a padded query row: two floats, and what adding dQ up in memory takes.
+int64_t row_bytes(const Problem& p) {
+  return 8 + (planned(p).named().config.two_pass() ? 0 : 4 * p.head_dim);
+}
+
+TEST(BwdPlan, TheWorkspaceIsTwoFloatsARowAndTheAccumulatorAndTurns) {
   for (int head_dim : head_dims()) {
     for (int64_t seqlen_q : {1, 64, 65, 1000, 16384}) {
       for (int64_t seqlen_k : {0, 1, 5000}) {
-        Problem p = problem(3, seqlen_q, 6, head_dim, MaskKind::kCausal);
-        p.seqlen_k = seqlen_k;  // takes no part
-        p.heads_k = 2;
-        const BwdPlan plan = planned(p);
-        const int64_t rows = p.batch * p.heads_q * plan.padded_q;
-        EXPECT_EQ(bwd_workspace_bytes(p), rows * (head_dim + 2) * 4);
-        // Its parts lie apart and where 16-byte accesses and bulk copies want them.
-        const BwdWorkspace layout(p, plan);
-        EXPECT_EQ(layout.bytes, bwd_workspace_bytes(p));
-        const std::set<int64_t> begins{layout.lse_log2, layout.delta, layout.dq_accumulator};
-        EXPECT_EQ(begins.size(), 3u);
-        for (int64_t begin : begins) EXPECT_EQ(begin % 128, 0);
-        EXPECT_GE(layout.delta - layout.lse_log2, 4 * rows);
-        EXPECT_GE(layout.bytes - layout.dq_accumulator, 4 * rows * head_dim);
+        for (bool deterministic : {false, true}) {
+          Problem p = problem(3, seqlen_q, 6, head_dim, MaskKind::kCausal);
+          p.seqlen_k = seqlen_k;  // takes no part
+          p.heads_k = 2;
+          p.deterministic = deterministic;
+          const BwdPlan plan = planned(p);
+          const int64_t rows = p.batch * p.heads_q * plan.padded_q;
+          const bool turns = plan.named().config.dq_sum == DqSum::kInTurns;
+          EXPECT_EQ(turns, deterministic && head_dim != 256);
+          EXPECT_EQ(bwd_workspace_bytes(p), rows * row_bytes(p) + (turns ? rows / 64 * 4 : 0));
+          // Its parts lie apart and where 16-byte accesses and bulk copies want them.
+          const BwdWorkspace layout(p, plan);
+          EXPECT_EQ(layout.bytes, bwd_workspace_bytes(p));
+          for (int64_t begin :
+               {layout.lse_log2, layout.delta, layout.dq_accumulator, layout.turns}) {
+            EXPECT_EQ(begin % 128, 0);
+          }
+          EXPECT_GE(layout.delta - layout.lse_log2, 4 * rows);
+          EXPECT_GE(layout.dq_accumulator - layout.delta, 4 * rows);
+          EXPECT_GE(layout.turns - layout.dq_accumulator, rows * (row_bytes(p) - 8));
+        }
       }
+    }
+  }
+}
+
+TEST(BwdPlan, TheLongerTilesOfTwoPassesGoFirst) {
+  Problem p = problem(2, 4096, 8, 256, MaskKind::kFull);
+  EXPECT_FALSE(planned(p).keys_first);
+  p.heads_k = 1;  // a tile of keys meets the queries of eight heads
+  EXPECT_TRUE(planned(p).keys_first);
+}
+
+TEST(BwdPlan, TurnsKeepMorePairsInFlightButNoMoreThanThereAre) {
+  for (int head_dim : {64, 128}) {
+    for (MaskKind mask : {MaskKind::kFull, MaskKind::kCausal}) {
+      Problem p = problem(2, 16384, 2048 / head_dim, head_dim, mask);
+      const int any_order = planned(p).grid.pairs_in_flight;
+      p.deterministic = true;
+      EXPECT_GT(planned(p).grid.pairs_in_flight, any_order);
+      p = problem(1, 1024, 2, head_dim, mask);
+      p.deterministic = true;
+      EXPECT_EQ(planned(p).grid.pairs_in_flight, 2);
+      p = problem(0, 1024, 2, head_dim, mask);
+      p.deterministic = true;
+      EXPECT_EQ(planned(p).grid.pairs_in_flight, 1);  // never a division by zero
     }
   }
 }
@@ -137,10 +199,9 @@ TEST(BwdPlan, ArraysOfMoreThan2To31ElementsHaveAPlan) {
     ASSERT_GT(elements, int64_t{1} << 31);
     EXPECT_EQ(planned(p).grid.tiles, 1u << 20);
     // The accumulator's steps may hold more rows than the sequences have.
-    EXPECT_GE(bwd_workspace_bytes(p), elements / head_dim * (head_dim + 2) * 4);
-    EXPECT_GT(bwd_workspace_bytes(p), int64_t{1} << 33);
+    EXPECT_GE(bwd_workspace_bytes(p), elements / head_dim * row_bytes(p));
     p = problem(1, int64_t{1} << 24, 4, head_dim, MaskKind::kFull);
-    EXPECT_EQ(bwd_workspace_bytes(p), (int64_t{1} << 26) * (head_dim + 2) * 4);
+    EXPECT_EQ(bwd_workspace_bytes(p), (int64_t{1} << 26) * row_bytes(p));
   }
 }
 

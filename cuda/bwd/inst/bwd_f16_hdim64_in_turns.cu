@@ -1,0 +1,8 @@
+#include "cuda/bwd/launch.cuh"
+
+namespace jax_fa3 {
+
+JAX_FA3_INSTANTIATE_BWD(BwdF16Hdim64FullInTurns)
+JAX_FA3_INSTANTIATE_BWD(BwdF16Hdim64CausalInTurns)
+
+}  // namespace jax_fa3
