@@ -604,21 +604,18 @@ def main(argv):
         {},
         extension=kernels.path,
     )
-    yardstick = harness.Yardstick(256 if smoke else 8192)
-    yardstick.measure()
-    results.save(
-        gemm=yardstick.summary(),
+
+    def measure(yardstick, clock):
+        return measure_all(groups, kernels, results, yardstick, clock)
+
+    yardstick, failed = harness.measure_all(
+        results,
+        measure,
         studies=[dataclasses.asdict(study) for study in studies],
         missing_variants=missing,
         build=build_resources(kernels.path),
         profile={"skipped": "the run ended before it"},
     )
-    clock = harness.ClockSampler()
-    try:
-        failed = measure_all(groups, kernels, results, yardstick, clock)
-    finally:
-        clock.stop()
-    results.save(gemm=yardstick.summary(), failed_checks=failed)
     if _PROFILE.value and kernels.path:
         counts = profile(kernels)
         results.save(profile=counts)
@@ -626,13 +623,7 @@ def main(argv):
             print(f"No instruction counts: {counts['skipped']}")
     else:
         results.save(profile={"skipped": "not asked for"})
-    gemm = yardstick.summary()
-    print(f"GEMM {gemm['size']}^3: {gemm['tflops']:.3g} TFLOP/s; {results.elapsed:.0f} s in all")
-    print(f"Written: {results.path}")
-    if failed:
-        print(f"FAILED their check, so were not timed: {', '.join(failed)}", file=sys.stderr)
-        return 1
-    return 0
+    return harness.conclude(results, yardstick, failed)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@
 
 mode grid    forward, the FlashAttention-3 paper's grid: 16k tokens, hidden size 2048, head dims
              64, 128 and 256, full and causal, sequences of 512 to 16384.
-mode backward  the same grid, the backward pass alone, from what the forward pass saved.
-mode length  time and memory against sequence length, forward and gradient, batch 1, causal.
+mode backward  the same grid, the backward pass alone, from what the forward pass saved; and under
+             "step" the output and the gradients together in one jitted function.
+mode length  time and memory against sequence length, forward and gradient, batch 1, causal; the
+             last row is one sequence of 131072. What plain jnp cannot run is compiled all the same,
+             for the memory that it would take.
 mode shapes  forward beyond the grid: one long sequence, grouped heads, an odd length, fewer tiles
              than the GPU has multiprocessors, many heads, lengths that differ.
 mode launch  what one call inside a jitted loop takes at sequences of 128 to 512, batch 1: launch
@@ -24,7 +27,6 @@ import fnmatch
 import functools
 import math
 import statistics
-import sys
 import time
 
 import harness
@@ -44,8 +46,8 @@ _MODE = flags.DEFINE_enum(
 _ROWS = flags.DEFINE_list(
     "rows",
     ["*"],
-    "Patterns of row names, HEAD_DIM-MASK-SEQLEN (mode shapes: HEAD_DIM-MASK-CASE), such as "
-    "'128-*' or '*-causal-8192'.",
+    "Patterns of row names, HEAD_DIM-MASK-SEQLEN (mode shapes and length's last row: "
+    "HEAD_DIM-MASK-CASE), such as '128-*' or '*-causal-8192'.",
 )
 _PEERS = flags.DEFINE_list(
     "peers",
@@ -80,13 +82,15 @@ def grid_rows(
     ]
 
 
-def length_rows(first=4096, last=32768, heads=16, head_dim=128):
-    """Sequences that double, one to the batch.
+def length_rows(first=4096, last=32768, heads=16, head_dim=128, longest=131072):
+    """Sequences that double, one to the batch; then one of `longest` with half the heads.
 
     The first is long enough that a kernel takes longer than its dispatch.
     """
     doublings = range(int(math.log2(last / first)) + 1)
-    return [Row(head_dim, "causal", first * 2**n, 1, heads) for n in doublings]
+    rows = [Row(head_dim, "causal", first * 2**n, 1, heads) for n in doublings]
+    case = f"{longest}x{heads // 2}"
+    return [*rows, Row(head_dim, "causal", longest, 1, heads // 2, case=case)]
 
 
 def shape_rows(head_dims=(128, 64, 256), hidden=GRID_HIDDEN, shrink=1):
@@ -135,7 +139,7 @@ def rows_of(mode, smoke):
     if mode in ("grid", "backward"):
         return grid_rows(256, 128, (64,), (64, 128)) if smoke else grid_rows()
     if mode == "length":
-        return length_rows(128, 256, 2, 64) if smoke else length_rows(last=_MAX_SEQLEN.value)
+        return length_rows(128, 256, 2, 64, 512) if smoke else length_rows(last=_MAX_SEQLEN.value)
     if mode == "shapes":
         return shape_rows((64,), 128, shrink=64) if smoke else shape_rows()
     return launch_rows((64,), (16, 32), 2) if smoke else launch_rows()
@@ -156,11 +160,14 @@ def default_peers():
     """On a GPU all but jax_fa3's xla path, which is no competitor there; elsewhere what runs."""
     if jax.default_backend() != "gpu":
         return ["xla", "jnp"]
-    if _MODE.value in ("backward", "shapes"):
+    if _MODE.value == "backward":
+        return ["fa3", "fa3_deterministic", "cudnn", "tokamax"]
+    if _MODE.value == "shapes":
         return ["fa3", "cudnn", "tokamax"]
     if _MODE.value == "launch":
         return ["fa3", "cudnn"]
-    return [name for name in PEERS if name != "xla" or _MODE.value == "length"]
+    others = ("fa3_deterministic",) if _MODE.value == "length" else ("fa3_deterministic", "xla")
+    return [name for name in PEERS if name not in others]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,11 +187,20 @@ def _plan(row):
         return None
 
 
+def _backward_plan(row):
+    try:
+        return harness.backward_plan(implementations.extension(), row)
+    except Unavailable:
+        return None
+
+
 def _report_of(measured):
     """Names of a measured row's implementations that failed their check."""
+    passes = {"": measured, " step": measured.get("step", {"peers": {}})}
     return [
-        f"{measured['name']} {peer}"
-        for peer, entry in measured["peers"].items()
+        f"{measured['name']} {peer}{which}"
+        for which, part in passes.items()
+        for peer, entry in part["peers"].items()
         if not entry.get("ok", True)
     ]
 
@@ -257,15 +273,18 @@ def measure_row(row, compiled, reference, clock):
         "sm_clock_mhz": clock.median_since(start),
         "plan": _plan(row) if "fa3" in runs else None,
     }
-    return _with_ratios(measured, row)
+    return _with_ratios(measured, implementations.flash_attention_3_over_cudnn(row))
 
 
-def _with_ratios(measured, row, backward=False):
-    """`measured` with FlashAttention-3's place, and our speed over each peer's."""
+def _with_ratios(measured, over_cudnn):
+    """`measured` with our speed over each peer's, and over FlashAttention-3's.
+
+    `over_cudnn` is its speed over cuDNN's; None where nobody measured it.
+    """
     entries = measured["peers"]
     cudnn = entries.get("cudnn", {}).get("tflops")
-    if cudnn and (x := implementations.flash_attention_3_over_cudnn(row, backward)):
-        measured["flash_attention_3"] = {"over_cudnn": x, "tflops": x * cudnn}
+    if cudnn and over_cudnn:
+        measured["flash_attention_3"] = {"over_cudnn": over_cudnn, "tflops": over_cudnn * cudnn}
     ours = entries.get("fa3", {}).get("tflops")
     if ours:
         others = {peer: entry["tflops"] for peer, entry in entries.items() if "tflops" in entry}
@@ -277,6 +296,13 @@ def _with_ratios(measured, row, backward=False):
 
 
 def _row_text(measured):
+    text = f"{measured['name']:>24}  {_speeds_text(measured)}"
+    if "step" in measured:
+        text += f"; with the forward  {_speeds_text(measured['step'])}"
+    return text + "  TFLOP/s"
+
+
+def _speeds_text(measured):
     parts = []
     for peer, entry in measured["peers"].items():
         if "tflops" in entry:
@@ -287,7 +313,7 @@ def _row_text(measured):
             parts.append(f"{peer} no ({entry['skipped'][:60]})")
     if "flash_attention_3" in measured:
         parts.append(f"FA3~ {measured['flash_attention_3']['tflops']:.0f}")
-    return f"{measured['name']:>24}  " + "  ".join(parts) + "  TFLOP/s"
+    return "  ".join(parts)
 
 
 def split_vjp(attention):
@@ -318,48 +344,108 @@ def _compile_backward(peer, row):
     return saved, lowered.compile()
 
 
+def training_step(attention):
+    """(query, key, value, dout) -> (out, dq, dk, dv): forward and backward in one function."""
+
+    def step(query, key, value, dout):
+        out, pullback = jax.vjp(attention, query, key, value)
+        return out, *pullback(dout.astype(out.dtype))
+
+    return step
+
+
+def _compile_step(peer, row):
+    return harness.compile_with_cotangent(training_step(_attention(peer, row)), row)
+
+
 def measure_backward(rows, peers, results, yardstick, clock):
-    """The backward pass of every row with every peer. Returns the names that failed their check."""
+    """The backward pass of every row with every peer, alone and with the forward pass.
+
+    Returns the names that failed their check.
+    """
+    # Its forward is the default's: the backward alone says what there is to say.
+    with_step = [peer for peer in peers if peer != "fa3_deterministic"]
 
     def jobs_of(row):
         jobs = {"reference": functools.partial(harness.compile_reference_gradients, row)}
-        return jobs | {peer: functools.partial(_compile_backward, peer, row) for peer in peers}
+        jobs |= {peer: functools.partial(_compile_backward, peer, row) for peer in peers}
+        return jobs | {
+            f"{peer} step": functools.partial(_compile_step, peer, row) for peer in with_step
+        }
 
     def measure(row, compiled):
-        by_peer = {peer: compiled[peer] for peer in peers}
-        return measure_backward_row(row, by_peer, compiled["reference"], clock)
+        pairs = {peer: compiled[peer] for peer in peers}
+        steps = {peer: compiled[f"{peer} step"] for peer in with_step}
+        return measure_backward_row(row, pairs, steps, compiled["reference"], clock)
 
     return _measure_in_chunks(rows, results, yardstick, jobs_of, measure)
 
 
-def measure_backward_row(row, compiled, reference, clock):
-    """Checks and times one row; returns its entry of the results file."""
+def measure_backward_row(row, pairs, steps, reference, clock):
+    """Checks and times one row; returns its entry of the results file.
+
+    `pairs` and `steps` are {peer: what _compile_backward and _compile_step return, or why not}.
+    """
     inputs = harness.random_inputs(jax.random.key(row.seqlen + row.head_dim), row)
     dout = harness.random_inputs(jax.random.key(row.seqlen), row)[0]
     expected = _expected(row, reference, (*inputs, dout))
+
+    def backward(pair):
+        forward, pullback = pair
+        out, residuals = forward(*inputs)
+        run = functools.partial(pullback, residuals)
+        return run, harness.check_gradients(run(dout.astype(out.dtype)), expected)
+
+    def step(run):
+        return run, harness.check_gradients(run(*inputs, dout)[1:], expected)
+
+    entries, runs = _check_gradients_of(pairs, backward)
+    step_entries, step_runs = _check_gradients_of(steps, step)
+    start = time.monotonic()
+    passes = harness.BACKWARD_PASSES
+    harness.time_all(row, entries, runs, (dout,), passes=passes)
+    harness.time_all(row, step_entries, step_runs, (*inputs, dout), passes=1 + passes)
+    measured = {
+        **row.fields(),
+        "peers": entries,
+        "sm_clock_mhz": clock.median_since(start),
+        "plan": _backward_plan(row) if "fa3" in runs else None,
+    }
+    over_cudnn = implementations.flash_attention_3_over_cudnn(row, backward=True)
+    _with_ratios(measured, over_cudnn)
+    if step_entries:
+        together = _flash_attention_3_together(row, entries, step_entries)
+        measured["step"] = _with_ratios({"peers": step_entries}, together)
+    return measured
+
+
+def _check_gradients_of(compiled, prepare):
+    """({peer: entry of the results file}, {peer: what may be timed}) of {peer: compiled}.
+
+    prepare(compiled) -> (what to time, its entry); a str in place of what compiled says why not.
+    """
     entries, runs = {}, {}
-    for peer, pair in compiled.items():
-        if isinstance(pair, str):
-            entries[peer] = {"skipped": pair}
+    for peer, built in compiled.items():
+        if isinstance(built, str):
+            entries[peer] = {"skipped": built}
             continue
-        forward, backward = pair
-
-        def prepare(forward=forward, backward=backward, expected=expected):
-            out, residuals = forward(*inputs)
-            run = functools.partial(backward, residuals)
-            return run, harness.check_gradients(run(dout.astype(out.dtype)), expected)
-
-        prepared, failure = harness.fail_or_result(prepare)
+        prepared, failure = harness.fail_or_result(prepare, built)
         if prepared is None:
             entries[peer] = {"skipped": failure}
             continue
         run, entries[peer] = prepared
         if entries[peer]["ok"]:
             runs[peer] = run
-    start = time.monotonic()
-    harness.time_all(row, entries, runs, (dout,), passes=2.5)
-    measured = {**row.fields(), "peers": entries, "sm_clock_mhz": clock.median_since(start)}
-    return _with_ratios(measured, row, backward=True)
+    return entries, runs
+
+
+def _flash_attention_3_together(row, entries, step_entries):
+    """Its speed over cuDNN's, forward and backward together; None where cuDNN was not timed."""
+    alone, together = (x.get("cudnn", {}).get("seconds") for x in (entries, step_entries))
+    if not alone or not together:
+        return None
+    forward_share = max(0.0, 1 - alone / together)
+    return implementations.flash_attention_3_over_cudnn_together(row, forward_share)
 
 
 def looped(attention, calls):
@@ -449,6 +535,29 @@ def _run_once(run, inputs):
     jax.block_until_ready(run(*inputs))
 
 
+def _compile_length(row, which, peer):
+    """(compiled, None), or (compiled for its memory alone, why it is not to be run)."""
+    options = {}
+    try:
+        attention, why_not = _attention(peer, row), None
+    except implementations.TooLarge as reason:
+        attention, why_not = implementations.jnp_of_any_size(row), str(reason)
+        # A search for the fastest GEMM would allocate what the device may not have.
+        options = harness.untimed_options()
+    function = attention if which == "forward" else with_gradient(attention)
+    return harness.compile_for(function, row, **options), why_not
+
+
+def _planned_memory(run):
+    """{"arguments", "outputs", "temporaries"} of a compiled function, bytes; None if unknown."""
+    analysis = run.memory_analysis()
+    return analysis and {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+    }
+
+
 def measure_length(rows, peers, results, yardstick, clock):
     """Time and memory of forward and gradient against length. Returns the failed checks.
 
@@ -457,34 +566,29 @@ def measure_length(rows, peers, results, yardstick, clock):
     of the compiler's figure and a device peak is given only where it rose.
     """
     passes = ("forward", "gradient")
-    jobs = {}
-    for row in rows:
-        for peer in peers:
-            for which in passes:
-
-                def job(row=row, peer=peer, which=which):
-                    attention = _attention(peer, row)
-                    return harness.compile_for(
-                        attention if which == "forward" else with_gradient(attention), row
-                    )
-
-                jobs[row, which, peer] = job
-    compiled = harness.compile_all(jobs)
-    memory = {
-        key: {
-            "arguments": analysis.argument_size_in_bytes,
-            "outputs": analysis.output_size_in_bytes,
-            "temporaries": analysis.temp_size_in_bytes,
-        }
-        for key, run in compiled.items()
-        if not isinstance(run, str) and (analysis := run.memory_analysis()) is not None
+    jobs = {
+        (row, which, peer): functools.partial(_compile_length, row, which, peer)
+        for row in rows
+        for peer in peers
+        for which in passes
     }
+    compiled, memory, skipped = {}, {}, {}
+    for key, built in harness.compile_all(jobs).items():
+        if isinstance(built, str):
+            skipped[key] = built
+            continue
+        run, why_not = built
+        memory[key] = _planned_memory(run)
+        if why_not is None:
+            compiled[key] = run
+        else:
+            skipped[key] = why_not
     device = jax.devices()[0]
 
     def device_peak():
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
-    for key in sorted(memory, key=lambda key: sum(memory[key].values())):
+    for key in sorted(compiled, key=lambda key: sum((memory[key] or {}).values())):
         if results.out_of_time():
             break
         row = key[0]
@@ -492,10 +596,12 @@ def measure_length(rows, peers, results, yardstick, clock):
         before = device_peak()
         _, failure = harness.fail_or_result(_run_once, compiled[key], inputs)
         if failure:
-            compiled[key] = failure
+            skipped[key] = failure
+            del compiled[key]
         after = device_peak()
         rose = after is not None and (before is None or after > before)
-        memory[key]["device_peak"] = after if rose else None
+        if memory[key]:
+            memory[key]["device_peak"] = after if rose else None
         del inputs
 
     failed = []
@@ -506,14 +612,17 @@ def measure_length(rows, peers, results, yardstick, clock):
         start = time.monotonic()
         measured = row.fields()
         for which in passes:
-            functions = {peer: compiled[row, which, peer] for peer in peers}
-            runs = {peer: run for peer, run in functions.items() if not isinstance(run, str)}
+            runs = {
+                peer: run for peer in peers if (run := compiled.get((row, which, peer))) is not None
+            }
             timed = harness.time_interleaved(
                 runs, inputs, harness.ROUNDS.value, harness.MIN_SECONDS.value
             )
             outputs = {peer: runs[peer](*inputs) for peer in runs}
             measured[which] = {
-                peer: {"skipped": run} for peer, run in functions.items() if isinstance(run, str)
+                peer: {"skipped": why, "memory_bytes": memory.get((row, which, peer))}
+                for peer in peers
+                if (why := skipped.get((row, which, peer))) is not None
             }
             for peer in runs:
                 # Peers against each other: the grid checks each against float32, and a dense
@@ -598,22 +707,13 @@ def main(argv):
             raise app.UsageError(f"--config={_CONFIG.value}: " + "\n".join(why))
     settings = {"peers": peers} | ({"config": _CONFIG.value} if _CONFIG.value else {})
     results = harness.Results(f"attention_{mode}", [row.name for row in rows], settings)
-    yardstick = harness.Yardstick(256 if harness.SMOKE.value else 8192)
-    yardstick.measure()
-    results.save(gemm=yardstick.summary(), host_dispatch_s=harness.host_dispatch_seconds())
-    clock = harness.ClockSampler()
-    try:
-        failed = MEASURE[mode](rows, peers, results, yardstick, clock)
-    finally:
-        clock.stop()
-    results.save(gemm=yardstick.summary(), failed_checks=failed)
-    gemm = yardstick.summary()
-    print(f"GEMM {gemm['size']}^3: {gemm['tflops']:.3g} TFLOP/s; {results.elapsed:.0f} s in all")
-    print(f"Written: {results.path}")
-    if failed:
-        print(f"FAILED their check, so were not timed: {', '.join(failed)}", file=sys.stderr)
-        return 1
-    return 0
+
+    def measure(yardstick, clock):
+        return MEASURE[mode](rows, peers, results, yardstick, clock)
+
+    dispatch = harness.host_dispatch_seconds()
+    yardstick, failed = harness.measure_all(results, measure, host_dispatch_s=dispatch)
+    return harness.conclude(results, yardstick, failed)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,10 @@ MAX_BLOCK_ERROR = 2e-2
 MAX_GRADIENT_BLOCK_ERROR = 5e-2
 ERROR_BLOCK = 64  # rows
 
+# Operations of a backward pass over those of a forward pass, as the papers count: five products for
+# two.
+BACKWARD_PASSES = 2.5
+
 # Scores of the reference that are worked out at most for one check: past this a sample of the
 # query rows stands for all. 2^33 are all rows of 16k tokens.
 MAX_CHECKED_SCORES = 2**33
@@ -173,8 +177,14 @@ def compile_for(function, row, **compiler_options):
     return jax.jit(function).lower(*input_types(row)).compile(compiler_options)
 
 
-def _reference_options() -> dict[str, Any]:
-    """A reference is never timed, so XLA need not search for its fastest GEMM."""
+def compile_with_cotangent(function, row, **compiler_options):
+    """As compile_for, of a function of query, key, value and the cotangent of the output."""
+    types = input_types(row)
+    return jax.jit(function).lower(*types, types[0]).compile(compiler_options)
+
+
+def untimed_options() -> dict[str, Any]:
+    """Compiler options of what is never timed: XLA need not search for its fastest GEMM."""
     return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
 
 
@@ -186,14 +196,13 @@ def compile_reference(row):
         taken = query if rows is None else query[:, rows]
         return reference_attention(taken, key, value, causal=row.causal, positions=rows)
 
-    return compile_for(reference, row, **_reference_options())
+    return compile_for(reference, row, **untimed_options())
 
 
 def compile_reference_gradients(row):
     """(query, key, value, cotangent of the output) -> the reference's gradients."""
     reference = functools.partial(reference_gradients, causal=row.causal)
-    types = input_types(row)
-    return jax.jit(reference).lower(*types, types[0]).compile(_reference_options())
+    return compile_with_cotangent(reference, row, **untimed_options())
 
 
 def warm_up(row):
@@ -420,6 +429,8 @@ def calls_to_fill(run, inputs, min_seconds):
 
 def time_interleaved(runs, inputs, rounds, min_seconds):
     """{name: [seconds a call, one a round]} of {name: function}; the order turns each round."""
+    if not runs:
+        return {}
     calls = {name: calls_to_fill(run, inputs, min_seconds) for name, run in runs.items()}
     names = list(runs)
     seconds = {name: [] for name in names}
@@ -433,10 +444,8 @@ def time_interleaved(runs, inputs, rounds, min_seconds):
 def time_all(row, entries, runs, inputs, passes=1.0):
     """Adds "seconds", "rounds" and "tflops" to the entries of `runs`.
 
-    `passes`: how many forward passes' operations a run counts for; backward 2.5, as the papers do.
+    `passes`: how many forward passes' operations a run counts for; see BACKWARD_PASSES.
     """
-    if not runs:
-        return
     timed = time_interleaved(runs, inputs, ROUNDS.value, MIN_SECONDS.value)
     for name, seconds in timed.items():
         median = statistics.median(seconds)
@@ -492,6 +501,11 @@ def kernel_plan(module, row, config=""):
       ValueError: there is no such configuration, or it is not for this row.
     """
     return module.describe_plan("bfloat16", *_sizes(row), config)
+
+
+def backward_plan(module, row):
+    """What the extension `module` plans for the row's backward pass, as text."""
+    return module.describe_bwd_plan("bfloat16", *_sizes(row))
 
 
 def kernel_call(module, target, row, config=""):
@@ -733,3 +747,39 @@ class Results:
 
 def chunks(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------
+
+
+def measure_all(results, measure, **first):
+    """Runs measure(yardstick, clock) between the first save of `results` and the last.
+
+    Args:
+      measure: measures and saves the rows; returns the names that failed their check.
+      first: fields of the results file that are known before the first row.
+    Returns: (yardstick, names that failed).
+    """
+    yardstick = Yardstick(256 if SMOKE.value else 8192)
+    yardstick.measure()
+    results.save(gemm=yardstick.summary(), **first)
+    clock = ClockSampler()
+    try:
+        failed = measure(yardstick, clock)
+    finally:
+        clock.stop()
+    results.save(gemm=yardstick.summary(), failed_checks=failed)
+    return yardstick, failed
+
+
+def conclude(results, yardstick, failed):
+    """Says what was written and what failed; returns the exit status."""
+    gemm = yardstick.summary()
+    print(f"GEMM {gemm['size']}^3: {gemm['tflops']:.3g} TFLOP/s; {results.elapsed:.0f} s in all")
+    print(f"Written: {results.path}")
+    if failed:
+        print(f"FAILED their check, so were not timed: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    return 0

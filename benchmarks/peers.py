@@ -61,6 +61,19 @@ def flash_attention_3_over_cudnn(row, backward=False):
     return table[row.head_dim, row.mask][GRID_SEQLENS.index(row.seqlen)]
 
 
+def flash_attention_3_over_cudnn_together(row, forward_share):
+    """The same for forward plus backward; None off the grid.
+
+    `forward_share`: of cuDNN's time for both, what is its forward's. The two ratios are alike, so
+    that an error of this share hardly moves their mean.
+    """
+    forward = flash_attention_3_over_cudnn(row)
+    backward = flash_attention_3_over_cudnn(row, backward=True)
+    if forward is None or backward is None:
+        return None
+    return 1 / (forward_share / forward + (1 - forward_share) / backward)
+
+
 def extension():
     """The compiled extension. Raises: Unavailable, with the reason, where there is none."""
     module = _native.extension()
@@ -77,10 +90,21 @@ def _fa3(row, config):
 
 
 # A fixed implementation: a silent fallback would be timed as the kernel.
-def _ours(implementation, row):
+def _ours(implementation, row, **options):
     return functools.partial(
-        jax_fa3.dot_product_attention, is_causal=row.causal, implementation=implementation
+        jax_fa3.dot_product_attention,
+        is_causal=row.causal,
+        implementation=implementation,
+        **options,
     )
+
+
+def _fa3_deterministic(row):
+    """The same forward; its backward gives the same bits every time."""
+    # Where dQ has a pass of its own, all sums are in a fixed order: the default's kernel.
+    if "in a pass of its own" in harness.backward_plan(extension(), row):
+        raise Unavailable("the default's backward kernel is deterministic")
+    return _ours("fa3", row, deterministic_backward=True)
 
 
 def _cudnn(row):
@@ -91,11 +115,19 @@ def _cudnn(row):
     )
 
 
+class TooLarge(Unavailable):
+    """Plain jnp's scores are larger than --jnp_max_gib."""
+
+
 def _jnp(row):
-    """jnp.einsum and softmax, as jax.nn writes them."""
     gib = row.scores_bytes / 2**30
     if gib > _JNP_MAX_GIB.value:
-        raise Unavailable(f"its scores alone are {gib:.0f} GiB")
+        raise TooLarge(f"its scores alone are {gib:.0f} GiB")
+    return jnp_of_any_size(row)
+
+
+def jnp_of_any_size(row):
+    """jnp.einsum and softmax, as jax.nn writes them."""
     return functools.partial(
         jax.nn.dot_product_attention, is_causal=row.causal, implementation="xla"
     )
@@ -132,6 +164,7 @@ def _flash_mha(module, row):
 
 
 _OTHERS = {
+    "fa3_deterministic": _fa3_deterministic,
     "xla": functools.partial(_ours, "xla"),
     "cudnn": _cudnn,
     "jnp": _jnp,

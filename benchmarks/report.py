@@ -8,8 +8,11 @@ library is used, and no figure is typed by hand: the same results always give th
 
     document              block               from             written by
     README.md             forward             forward.json     attention.py
+                          backward_summary    backward.json    attention.py --mode=backward
                           demo_h200           demo_h200*.json  examples/train_lm.py --preset=h200
     docs/performance.md   forward_plot        forward.json     attention.py
+                          backward,           backward.json    attention.py --mode=backward
+                          forward_backward
                           shapes              shapes.json      attention.py --mode=shapes
                           launch              launch.json      attention.py --mode=launch
                           memory              memory.json      attention.py --mode=length
@@ -36,6 +39,7 @@ FIGURES = pathlib.Path("docs/figures")
 # palette, which colour-blind readers can tell apart).
 PEER_NAMES = {
     "fa3": "jax_fa3",
+    "fa3_deterministic": "deterministic",
     "xla": "jax_fa3 xla",
     "cudnn": "cuDNN",
     "tokamax": "tokamax",
@@ -46,6 +50,7 @@ PEER_NAMES = {
 }
 PEER_COLOURS = {
     "fa3": "#d55e00",
+    "fa3_deterministic": "#7a3600",
     "xla": "#e69f00",
     "cudnn": "#0072b2",
     "tokamax": "#009e73",
@@ -57,8 +62,16 @@ PEER_COLOURS = {
 
 
 DOCUMENTS = {
-    "README.md": ("forward", "backward", "demo_h200"),
-    "docs/performance.md": ("forward_plot", "shapes", "launch", "memory", "cpu"),
+    "README.md": ("forward", "backward_summary", "demo_h200"),
+    "docs/performance.md": (
+        "forward_plot",
+        "backward",
+        "forward_backward",
+        "shapes",
+        "launch",
+        "memory",
+        "cpu",
+    ),
     "docs/ablation.md": (
         "ablation_paper",
         "ablation_hdim64",
@@ -161,35 +174,160 @@ def _median(values):
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
 
+def _geomean(values):
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _ours_over(row, peer):
+    """jax_fa3's speed over that peer's in a row of the grid; None where one of them has none."""
+    return row.get("fa3_over", {}).get(peer)
+
+
+def _deterministic(row):
+    """Speed of the deterministic backward over the default's; None where it was not timed."""
+    over = _ours_over(row, "fa3_deterministic")
+    return over and 1 / over
+
+
+LONG = 2048  # sequences from here on count in the summaries
+
+
+def _long(results):
+    return [row for row in results["rows"] if row["seqlen"] >= LONG]
+
+
 def grid_block(results, what):
     """The grid, one line a problem, with the ratios that matter; `what` is the pass."""
     peers = _peers_of(results)
     against = [peer for peer in ("cudnn", "flash_attention_3") if peer in peers and "fa3" in peers]
+    deterministic = "fa3" in peers and "fa3_deterministic" in peers
     names = {**PEER_NAMES, "flash_attention_3": "FA3*"}
     header = ["head dim, mask", "seq", *(names[peer] for peer in peers)]
     header += [f"jax_fa3 / {names[peer]}" for peer in against]
+    header += ["deterministic / default"] * deterministic
     table = []
     for row in sorted(results["rows"], key=_grid_order):
-        ratios = row.get("fa3_over", {})
+        ratios = [_ours_over(row, peer) for peer in against] + [_deterministic(row)] * deterministic
         cells = [f"{row['head_dim']} {row['mask']}", row["seqlen"]]
         cells += [three_digits(_tflops(row, peer)) for peer in peers]
-        cells += [f"{ratios[peer]:.2f}" if peer in ratios else "–" for peer in against]
-        table.append(cells)
+        table.append([*cells, *map(_ratio_text, ratios)])
     lines = [f"TFLOP/s, {what}, bfloat16, 16k tokens, hidden size 2048; higher is better."]
     for peer in against:
-        ratios = [row["fa3_over"][peer] for row in results["rows"] if peer in row["fa3_over"]]
-        lines.append(
-            f"jax_fa3 / {names[peer]}: median {_median(ratios):.2f}, "
-            f"{min(ratios):.2f} to {max(ratios):.2f}."
-        )
+        if ratios := [x for row in results["rows"] if (x := _ours_over(row, peer))]:
+            lines.append(
+                f"jax_fa3 / {names[peer]}: median {_median(ratios):.2f}, "
+                f"{min(ratios):.2f} to {max(ratios):.2f}."
+            )
+    if deterministic:
+        lines.append(_deterministic_text(results))
     text = " ".join(lines) + "\n\n" + markdown_table(header, table) + "\n\n" + provenance(results)
-    if "flash_attention_3" in peers:
-        text += (
-            "\n\n\\* The original FlashAttention-3 did not run beside the others: it is this run's "
-            "cuDNN figure times the ratio of the two, measured once on an H200 "
-            "(`benchmarks/peers.py` has the ratios and how they were measured)."
+    return text + (f"\n\n{FLASH_ATTENTION_3_NOTE}" if "flash_attention_3" in peers else "")
+
+
+FLASH_ATTENTION_3_NOTE = (
+    "\\* The original FlashAttention-3 did not run beside the others: it is this run's cuDNN "
+    "figure times the ratio of the two, measured once on an H200 (`benchmarks/peers.py` has the "
+    "ratios and how they were measured)."
+)
+
+
+def _ratio_text(ratio):
+    return f"{ratio:.2f}" if ratio else "–"
+
+
+def _deterministic_text(results):
+    """How `deterministic_backward=True` does at long sequences, and where it was not timed."""
+    ratios = [(x, row["name"]) for row in _long(results) if (x := _deterministic(row))]
+    text = ""
+    if ratios:
+        text = (
+            f"`deterministic_backward=True` over the default at seq ≥ {LONG}: geometric mean "
+            f"{_geomean([x for x, _ in ratios]):.2f}, lowest {min(ratios)[0]:.2f} "
+            f"(`{min(ratios)[1]}`)."
         )
-    return text
+    why = {}
+    for row in sorted(results["rows"], key=_grid_order):
+        if reason := row["peers"].get("fa3_deterministic", {}).get("skipped"):
+            why.setdefault(reason, []).append(row["head_dim"])
+    for reason, head_dims in why.items():
+        text += f" Not timed for head dim {_listed(head_dims)}: {reason}."
+    return text.strip()
+
+
+def _listed(values):
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+def together(results):
+    """The results of mode backward with the forward and the backward pass in one function.
+
+    None where the file has none.
+    """
+    rows = [
+        {key: x for key, x in row.items() if key not in ("flash_attention_3", "fa3_over")}
+        | row["step"]
+        for row in results["rows"]
+        if "step" in row
+    ]
+    return {**results, "rows": rows} if rows else None
+
+
+def forward_backward_block(results):
+    """The grid with both passes in one jitted function; `results` as together gives them."""
+    return (
+        grid_block(results, "forward and backward in one jitted function, 3.5 forward passes' work")
+        + "\n\nFA3\\* here takes both passes' ratios, weighted by cuDNN's time for each."
+    )
+
+
+def summary_block(results):
+    """The backward in one line a head dim and mask: ratios at long sequences."""
+    both = together(results)
+    columns = []
+    for name, source in (("", results), ("forward + backward ", both)):
+        peers = _peers_of(source) if source else []
+        for peer in ("flash_attention_3", "cudnn", "tokamax"):
+            if peer in peers and "fa3" in peers:
+                short = {**PEER_NAMES, "flash_attention_3": "FA3*"}[peer]
+                columns.append((f"{name}/ {short}", source, _over(peer), _geomean))
+                if peer == "flash_attention_3":
+                    columns.append(("lowest", source, _over(peer), min))
+        if "fa3_deterministic" in peers:
+            columns.append(("deterministic / default", source, _deterministic, _geomean))
+    speeds = ("TFLOP/s at the longest", results, lambda row: _tflops(row, "fa3"), _last)
+    columns = [speeds, *columns]
+    table = []
+    groups = {(row["head_dim"], row["mask"]) for row in results["rows"]}
+    for group in sorted(groups, key=lambda group: (group[0], group[1] != "full")):
+        cells: list[str] = ["{} {}".format(*group)]
+        for _, source, value_of, reduce in columns:
+            rows = sorted(_long(source), key=_grid_order)
+            values = [
+                x
+                for row in rows
+                if (row["head_dim"], row["mask"]) == group and (x := value_of(row))
+            ]
+            form = three_digits if reduce is _last else _ratio_text
+            cells.append(form(reduce(values)) if values else "–")
+        table.append(cells)
+    header = ["head dim, mask", *(name for name, *_ in columns)]
+    text = (
+        f"jax_fa3's backward over its peers: geometric means over the sequences of {LONG} to 16384 "
+        "of the same grid, the lowest of them, and the same for forward and backward in one jitted "
+        "function; higher is better."
+    )
+    if any("fa3_deterministic" in row["peers"] for row in results["rows"]):
+        text += f" {_deterministic_text(results)}"
+    text += f"\n\n{markdown_table(header, table)}\n\n{provenance(results)}"
+    return text + (f"\n\n{FLASH_ATTENTION_3_NOTE}" if "FA3*" in str(header) else "")
+
+
+def _over(peer):
+    return lambda row: _ours_over(row, peer)
+
+
+def _last(values):
+    return values[-1]
 
 
 def _nearest_of_the_grid(row, grid):
@@ -435,38 +573,80 @@ def run_block(results):
     return text
 
 
+def _length_rows(results):
+    """By length; those with fewer heads than the first, which are on no curve, at the end."""
+    return sorted(results["rows"], key=lambda row: row["seqlen"])
+
+
+def _on_the_curve(rows):
+    return [row for row in rows if row["heads"] == rows[0]["heads"]]
+
+
+def _scratch(entry):
+    """The compiler's figure in bytes; None where it did not compile."""
+    return (entry.get("memory_bytes") or {}).get("temporaries")
+
+
+def gradient_bytes(row):
+    """What forward and backward of the kernels keep, by formula; None for other head dims.
+
+    The output and the log-sum-exp that the forward saves, and the backward's workspace: the
+    log-sum-exp again, delta, and a float32 accumulator of dQ, all for queries in whole tiles.
+    """
+    if row["head_dim"] not in (64, 128):
+        return None
+    rows = row["batch"] * row["heads"] * row["seqlen"]
+    padded = row["batch"] * row["heads"] * 128 * math.ceil(row["seqlen"] / 128)
+    return rows * (2 * row["head_dim"] + 4) + padded * (4 * row["head_dim"] + 8)
+
+
 def memory_block(results):
     """Time and memory against length, forward and gradient."""
-    rows = sorted(results["rows"], key=lambda row: row["seqlen"])
+    rows = _length_rows(results)
     texts = [
         f"Causal self-attention, batch 1, {rows[0]['heads']} heads of {rows[0]['head_dim']}, "
         "bfloat16: time of a call, and its scratch memory (beyond inputs and outputs) as the "
-        "compiler plans it.",
+        "compiler plans it; in brackets where that is all, because the call was not run.",
         "![Time and memory against sequence length](figures/memory.svg)",
     ]
     for which, title in (("forward", "Forward"), ("gradient", "Forward and gradient")):
         peers = _length_peers(rows, which)
+        formula = which == "gradient" and "fa3" in peers
         table = []
         for row in rows:
-            cells = [row["seqlen"]]
+            heads = "" if row["heads"] == rows[0]["heads"] else f", {row['heads']} heads"
+            cells = [f"{row['seqlen']}{heads}"]
             for peer in peers:
                 entry = row[which].get(peer, {})
+                memory = _scratch(entry)
                 if "seconds" in entry:
-                    memory = (entry["memory_bytes"] or {}).get("temporaries")
                     cells.append(f"{three_digits(entry['seconds'] * 1e3)} ms, {bytes_text(memory)}")
                 else:
-                    cells.append("–")
+                    cells.append("–" if memory is None else f"({bytes_text(memory)})")
+            if formula:
+                cells.insert(2, bytes_text(gradient_bytes(row)))
             table.append(cells)
-        texts.append(
-            markdown_table([f"{title}, seq", *(PEER_NAMES[peer] for peer in peers)], table)
-        )
+        header = [f"{title}, seq", *(PEER_NAMES[peer] for peer in peers)]
+        if formula:
+            header.insert(2, "by formula")
+        texts.append(markdown_table(header, table))
+        if formula:
+            texts.append(
+                "By formula: jax_fa3's saved output and log-sum-exp, B · N · T · (2 · H + 4) "
+                "bytes, and its backward's workspace, B · N · T · (4 · H + 8), T up to the next "
+                "128."
+            )
     texts.append(provenance(results))
     return "\n\n".join(texts)
 
 
 def _length_peers(rows, which):
+    """The peers with a figure."""
     return [
-        peer for peer in PEER_NAMES if any("seconds" in row[which].get(peer, {}) for row in rows)
+        peer
+        for peer in PEER_NAMES
+        for entries in [[row[which].get(peer, {}) for row in rows]]
+        if any("seconds" in entry or _scratch(entry) is not None for entry in entries)
     ]
 
 
@@ -623,6 +803,33 @@ def _length_label(seqlen):
 
 
 def forward_figure(results):
+    return grid_figure(results, "forward")
+
+
+def backward_figure(results):
+    return grid_figure(results, "backward")
+
+
+def forward_backward_figure(results):
+    """`results` as together gives them."""
+    return grid_figure(results, "forward and backward")
+
+
+def figure_of(results):
+    """A drawing of any results file of attention.py, or None where there is nothing to draw.
+
+    Modes shapes and launch have none: their problems lie on no axis.
+    """
+    figures = {
+        "attention_grid": forward_figure,
+        "attention_backward": backward_figure,
+        "attention_length": memory_figure,
+    }
+    figure = figures.get(results["kind"].removesuffix("_smoke"))
+    return figure(results) if figure and results["rows"] else None
+
+
+def grid_figure(results, what):
     """TFLOP/s against sequence length: a panel for each head dim (across) and mask (down)."""
     rows = sorted(results["rows"], key=_grid_order)
     # Plain jnp is an order of magnitude slower; the table has it.
@@ -636,7 +843,7 @@ def forward_figure(results):
     y_ticks = [(top * tick / 4, f"{top * tick / 4:g}") for tick in range(5)]
     width, height, left, above = 270, 200, 70, 80
     svg = Svg(left + len(head_dims) * (width + 40), above + len(masks) * (height + 70))
-    svg.text(left, 24, "Attention forward, bfloat16, 16k tokens, TFLOP/s", "start", 15, bold=True)
+    svg.text(left, 24, f"Attention {what}, bfloat16, 16k tokens, TFLOP/s", "start", 15, bold=True)
     _draw_legend(svg, peers, 46, left)
     for column, head_dim in enumerate(head_dims):
         for line, mask in enumerate(masks):
@@ -664,15 +871,16 @@ def forward_figure(results):
 
 def memory_figure(results):
     """Time and temporary memory against sequence length, logarithmic, forward and gradient."""
-    rows = sorted(results["rows"], key=lambda row: row["seqlen"])
+    rows = _on_the_curve(_length_rows(results))
     passes = (("forward", "forward"), ("gradient", "forward and gradient"))
+
+    def scratch(entry):
+        memory = _scratch(entry)
+        return None if memory is None else max(memory, 2**10)
+
     quantities = (
-        ("time of a call", lambda entry: entry["seconds"], _seconds_label),
-        (
-            "scratch memory",
-            lambda entry: max((entry["memory_bytes"] or {}).get("temporaries") or 0, 2**10),
-            _power_of_two_bytes,
-        ),
+        ("time of a call", lambda entry: entry.get("seconds"), _seconds_label),
+        ("scratch memory", scratch, _power_of_two_bytes),
     )
     peers = [peer for peer in PEER_NAMES if any(peer in _length_peers(rows, p) for p, _ in passes)]
     width, height, left, above = 360, 230, 80, 80
@@ -682,12 +890,14 @@ def memory_figure(results):
     _draw_legend(svg, peers, 46, left)
     for line, (quantity, value_of, label) in enumerate(quantities):
         values = [
-            value_of(entry)
+            value
             for row in rows
             for which, _ in passes
             for entry in row[which].values()
-            if "seconds" in entry
+            if (value := value_of(entry)) is not None
         ]
+        if not values:
+            continue
         base = 10 if quantity.startswith("time") else 32
         low = math.floor(math.log(min(values), base))
         high = max(low + 1, math.ceil(math.log(max(values), base)))
@@ -707,9 +917,9 @@ def memory_figure(results):
             panel.draw(svg, f"{quantity}, {title}")
             for peer in reversed(peers):  # jax_fa3 last, on top
                 points = [
-                    (panel.x(math.log2(row["seqlen"])), panel.y(value_of(row[which][peer])))
+                    (panel.x(math.log2(row["seqlen"])), panel.y(value))
                     for row in rows
-                    if "seconds" in row[which].get(peer, {})
+                    if (value := value_of(row[which].get(peer, {}))) is not None
                 ]
                 if points:
                     svg.series(points, PEER_COLOURS[peer])
@@ -756,19 +966,23 @@ def generate(repository):
     grid = load(repository, "forward.json", "attention_grid")
     if grid and grid["rows"]:
         blocks["forward"] = grid_block(grid, "forward")
-        blocks["forward_plot"] = (
-            "![TFLOP/s against sequence length, for each head dim and mask](figures/forward.svg)"
-        )
+        blocks["forward_plot"] = _plot("forward")
         figures[FIGURES / "forward.svg"] = forward_figure(grid)
     else:
         blocks["forward"] = _not_measured("forward.json", "benchmarks/attention.py")
         blocks["forward_plot"] = "There is no plot yet: it is drawn from the same results."
     backward = load(repository, "backward.json", "attention_backward")
-    blocks["backward"] = (
-        grid_block(backward, "backward")
-        if backward and backward["rows"]
-        else _not_measured("backward.json", "benchmarks/attention.py --mode=backward")
-    )
+    missing = _not_measured("backward.json", "benchmarks/attention.py --mode=backward")
+    blocks |= dict.fromkeys(("backward", "backward_summary", "forward_backward"), missing)
+    if backward and backward["rows"]:
+        blocks["backward_summary"] = summary_block(backward)
+        blocks["backward"] = _with_plot("backward", grid_block(backward, "backward"))
+        figures[FIGURES / "backward.svg"] = backward_figure(backward)
+        if both := together(backward):
+            blocks["forward_backward"] = _with_plot(
+                "forward_backward", forward_backward_block(both)
+            )
+            figures[FIGURES / "forward_backward.svg"] = forward_backward_figure(both)
     shapes = load(repository, "shapes.json", "attention_shapes")
     blocks["shapes"] = (
         shapes_block(shapes, grid)
@@ -812,6 +1026,14 @@ def generate(repository):
     return blocks, figures
 
 
+def _plot(name):
+    return f"![TFLOP/s against sequence length, for each head dim and mask](figures/{name}.svg)"
+
+
+def _with_plot(name, text):
+    return f"{_plot(name)}\n\n{text}"
+
+
 def _not_measured(name, command):
     return f"Not measured yet: `{command}` gives `{RESULTS / name}`, which this is made from."
 
@@ -847,8 +1069,8 @@ def out_of_date(repository):
     """{path: new text} of every file that differs from what the results give; None: to delete."""
     blocks, figures = generate(repository)
     wanted: dict[pathlib.Path, str | None] = {
-        FIGURES / "forward.svg": None,
-        FIGURES / "memory.svg": None,
+        FIGURES / f"{name}.svg": None
+        for name in ("forward", "backward", "forward_backward", "memory")
     }
     for document, names in DOCUMENTS.items():
         path = repository / document

@@ -89,18 +89,86 @@ def test_the_grid_checks_and_times_every_peer_that_can_run(tmp_path):
     assert results["code"]["tree_hashes"]["jax_fa3"]
 
 
-def test_mode_backward_times_the_pullback_alone(tmp_path):
-    process, results = run_benchmark(tmp_path, "--mode=backward", "--rows=64-causal-*")
+def test_mode_backward_times_the_pullback_alone_and_with_the_forward(tmp_path):
+    process, results = run_benchmark(
+        tmp_path, "--mode=backward", "--rows=64-causal-*", "--peers=xla,jnp,fa3_deterministic"
+    )
 
     assert process.returncode == 0, process.stderr
     assert results["kind"] == "attention_backward_smoke"
     assert [row["seqlen"] for row in results["rows"]] == [64, 128]
     for row in results["rows"]:
-        for entry in row["peers"].values():
-            assert entry["ok"], entry
-            assert entry["tflops"] == pytest.approx(
-                2.5 * row["flops"] / entry["seconds"] / 1e12, rel=1e-3
-            )
+        # What repeats its gradients differs from fa3 in the backward alone.
+        assert set(row["peers"]) == {"xla", "jnp", "fa3_deterministic"}
+        assert set(row["step"]["peers"]) == {"xla", "jnp"}
+        assert "skipped" in row["peers"].pop("fa3_deterministic")
+        for passes, entries in ((2.5, row["peers"]), (3.5, row["step"]["peers"])):
+            for entry in entries.values():
+                assert entry["ok"], entry
+                assert entry["tflops"] == pytest.approx(
+                    passes * row["flops"] / entry["seconds"] / 1e12, rel=1e-3
+                )
+
+
+def test_a_training_step_gives_the_output_and_its_gradients(attention):
+    query, key, value, dout = jnp.full((4, 3), 2.0) * jnp.arange(1.0, 5)[:, None, None]
+
+    out, *gradients = attention.training_step(lambda q, k, v: q * k + v)(query, key, value, dout)
+
+    np.testing.assert_array_equal(out, query * key + value)
+    for x, want in zip(gradients, (dout * key, dout * query, dout), strict=True):
+        np.testing.assert_array_equal(x, want)
+
+
+def test_wrong_gradients_fail_by_name_alone_and_in_a_step(attention, harness, monkeypatch):
+    absl.flags.FLAGS(["test", "--min_seconds=0", "--rounds=1"])
+    row = harness.Row(64, "causal", 64, 1, 2)
+    right, wrong = _right, lambda q, k, v: _right(q, k, v * 1.1)
+    monkeypatch.setattr(attention, "_attention", lambda peer, row: {"a": right, "b": wrong}[peer])
+    clock = types.SimpleNamespace(median_since=lambda start: None)
+    reference = harness.compile_reference_gradients(row)
+    pairs = {peer: attention._compile_backward(peer, row) for peer in "ab"}
+    steps = {peer: attention._compile_step(peer, row) for peer in "ab"}
+
+    measured = attention.measure_backward_row(
+        row, pairs | {"c": "not installed"}, steps, reference, clock
+    )
+
+    assert attention._report_of(measured) == ["64-causal-64 b", "64-causal-64 b step"]
+    assert measured["peers"]["c"] == {"skipped": "not installed"}
+    assert measured["step"]["peers"]["a"]["tflops"] > 0
+    assert "tflops" not in measured["step"]["peers"]["b"]
+
+
+def test_the_deterministic_peer_is_left_out_where_the_default_is_it(peers, harness, monkeypatch):
+    """Head dim 256 has one backward kernel: a second timing would say nothing."""
+
+    class Extension:
+        def describe_bwd_plan(self, dtype, *sizes):
+            return "BwdX: dQ in a pass of its own by 8 CTAs" if 256 in sizes else "BwdX: 2 stages"
+
+    monkeypatch.setattr(peers, "extension", Extension)
+
+    with pytest.raises(harness.Unavailable, match="the default's backward kernel is deterministic"):
+        peers.attention("fa3_deterministic", harness.Row(256, "full", 512, 1, 2))
+    attention = peers.attention("fa3_deterministic", harness.Row(128, "full", 512, 1, 2))
+    assert attention.keywords["deterministic_backward"] is True
+    assert attention.keywords["implementation"] == "fa3"
+
+
+def test_flash_attention_3_of_both_passes_lies_between_its_ratios(attention, peers, harness):
+    row = harness.Row(128, "causal", 8192, 2, 16)  # 1.22 forward, 1.14 backward
+    assert peers.flash_attention_3_over_cudnn_together(row, 0) == pytest.approx(1.14)
+    assert peers.flash_attention_3_over_cudnn_together(row, 1) == pytest.approx(1.22)
+    assert peers.flash_attention_3_over_cudnn_together(harness.Row(128, "full", 9, 1, 1), 0) is None
+
+    def entries(seconds):
+        return {"cudnn": {"seconds": seconds}}
+
+    # cuDNN's 1.22 + 1.14 ms are 1 + 1 ms of FlashAttention-3.
+    together = attention._flash_attention_3_together(row, entries(1.14e-3), entries(2.36e-3))
+    assert together == pytest.approx(2.36 / 2)
+    assert attention._flash_attention_3_together(row, {}, entries(1e-3)) is None
 
 
 def test_the_reference_gradients_are_those_of_the_reference(harness):
@@ -125,13 +193,37 @@ def test_mode_length_gives_time_and_memory_of_both_passes(tmp_path):
     process, results = run_benchmark(tmp_path, "--mode=length")
 
     assert process.returncode == 0, process.stderr
-    assert [row["seqlen"] for row in results["rows"]] == [128, 256]
+    assert [row["seqlen"] for row in results["rows"]] == [128, 256, 512]
+    assert [row["heads"] for row in results["rows"]] == [2, 2, 1]
     for row in results["rows"]:
+        size = 64 * row["heads"] * row["seqlen"] * 2
         for which in ("forward", "gradient"):
             for peer in ("xla", "jnp"):
                 assert row[which][peer]["seconds"] > 0
-                assert row[which][peer]["memory_bytes"]["arguments"] == 3 * 128 * row["seqlen"] * 2
+                assert row[which][peer]["memory_bytes"]["arguments"] == 3 * size
                 assert row[which][peer]["difference_from_first"] < 2e-2
+
+
+def test_mode_length_gives_the_memory_of_what_is_too_large_to_run(tmp_path):
+    process, results = run_benchmark(
+        tmp_path, "--mode=length", "--rows=*-256", "--jnp_max_gib=0.0001"
+    )
+
+    assert process.returncode == 0, process.stderr
+    (row,) = results["rows"]
+    for which in ("forward", "gradient"):
+        assert "seconds" not in row[which]["jnp"]
+        assert row[which]["jnp"]["skipped"] == "its scores alone are 0 GiB"
+        assert row[which]["jnp"]["memory_bytes"]["temporaries"] > 2 * 256 * 256 * 2
+        assert row[which]["xla"]["seconds"] > 0
+
+
+def test_mode_length_ends_with_one_long_sequence(attention):
+    rows = attention.length_rows()
+
+    assert [row.seqlen for row in rows] == [4096, 8192, 16384, 32768, 131072]
+    assert rows[-1].query_shape == rows[-1].key_shape == (1, 131072, 8, 128)
+    assert rows[-1].name == "128-causal-131072x8"
 
 
 def test_mode_shapes_takes_lengths_and_heads_that_differ(tmp_path):
@@ -184,7 +276,10 @@ def test_an_unknown_peer_is_refused_by_name(tmp_path):
     process, results = run_benchmark(tmp_path, "--peers=fa3,fa5")
 
     assert process.returncode == 1
-    assert "--peers=fa5: expected some of fa3, xla, cudnn" in process.stderr + process.stdout
+    assert (
+        "--peers=fa5: expected some of fa3, fa3_deterministic, xla, cudnn"
+        in process.stderr + process.stdout
+    )
     assert results == {}
 
 
@@ -384,7 +479,7 @@ def forward_results(rows, kind="attention_grid", cudnn=2.0):
         }
         measured = row.fields() | {"peers": peers, "sm_clock_mhz": 1500}
         measured["fa3_over"] = {"cudnn": cudnn}
-        if kind == "attention_grid":
+        if kind != "attention_shapes":
             measured["flash_attention_3"] = {"tflops": speed * 0.6}
             measured["fa3_over"]["flash_attention_3"] = 1 / 0.6
         return measured
@@ -392,11 +487,30 @@ def forward_results(rows, kind="attention_grid", cudnn=2.0):
     return made_up_results(kind, [entry(row) for row in rows])
 
 
+def backward_results(rows):
+    """As forward_results; deterministic at 0.9 of the default below head dim 256."""
+    results = forward_results(rows, "attention_backward")
+    for row in results["rows"]:
+        speed = row["peers"]["fa3"]["tflops"]
+        row["step"] = {
+            "peers": {"fa3": {"tflops": 2 * speed}, "cudnn": {"tflops": speed}},
+            "flash_attention_3": {"tflops": 1.6 * speed},
+            "fa3_over": {"cudnn": 2.0, "flash_attention_3": 1.25},
+        }
+        if row["head_dim"] == 256:
+            row["peers"]["fa3_deterministic"] = {"skipped": "there is but one kernel"}
+        else:
+            row["peers"]["fa3_deterministic"] = {"tflops": 0.9 * speed}
+            row["fa3_over"]["fa3_deterministic"] = 1 / 0.9
+    return results
+
+
 def length_results(rows):
     def entry(row):
         time = {"seconds": row.flops / 1e14, "memory_bytes": {"temporaries": row.seqlen * 100}}
+        jnp = {"skipped": "too large", "memory_bytes": {"temporaries": row.scores_bytes}}
         return row.fields() | {
-            "forward": {"fa3": time, "jnp": {"skipped": "no"}},
+            "forward": {"fa3": time, "jnp": jnp, "tokamax": {"skipped": "no"}},
             "gradient": {"fa3": time, "xla": time},
             "sm_clock_mhz": None,
         }
@@ -438,7 +552,7 @@ def test_the_report_says_what_is_not_measured(report, checkout):
     readme = (repository / "README.md").read_text()
     assert "`benchmarks/attention.py` gives `benchmarks/results/forward.json`" in readme
     assert readme.count("Not measured yet") == 3
-    assert (repository / "docs/performance.md").read_text().count("Not measured yet") == 4
+    assert (repository / "docs/performance.md").read_text().count("Not measured yet") == 6
     assert (repository / "docs/ablation.md").read_text().count("Not measured yet") == 6
     assert not (repository / "docs" / "figures").exists()
 
@@ -460,6 +574,86 @@ def test_the_report_writes_tables_and_figures_once(report, attention, checkout, 
     assert figure.count("<polyline") == 3 + 6 * 3  # the legend and six panels of three
     assert "nan" not in figure + (repository / "docs" / "figures" / "memory.svg").read_text()
     assert "(figures/forward.svg)" in (repository / "docs" / "performance.md").read_text()
+
+
+def test_the_report_writes_the_backward_alone_and_with_the_forward(report, attention, checkout):
+    repository, add = checkout
+    results = backward_results(attention.grid_rows())
+    slowest = next(row for row in results["rows"] if row["name"] == "64-causal-4096")
+    slowest["peers"]["fa3_deterministic"]["tflops"] = 0.8 * 164
+    slowest["fa3_over"] |= {"fa3_deterministic": 1 / 0.8, "flash_attention_3": 1.1}
+    add("backward.json", results)
+
+    assert report.main(["--repository", str(repository)]) == 0
+    assert report.main(["--repository", str(repository), "--check"]) == 0
+
+    readme = (repository / "README.md").read_text()
+    assert "| 64 full | 164 | 1.67 | 1.67 | 2.00 | 0.90 | 1.25 | 1.25 | 2.00 |" in readme
+    assert "| 64 causal | 164 | 1.50 | 1.10 | 2.00 | 0.87 | 1.25 | 1.25 | 2.00 |" in readme
+    assert "| 256 full | 356 | 1.67 | 1.67 | 2.00 | – | 1.25 | 1.25 | 2.00 |" in readme
+    assert "geometric mean 0.89, lowest 0.80 (`64-causal-4096`)" in readme
+    assert "Not timed for head dim 256: there is but one kernel." in readme
+    text = (repository / "docs" / "performance.md").read_text()
+    assert "| 64 full | 512 | 164 | 148 | 82.0 | 98.4 | 2.00 | 1.67 | 0.90 |" in text
+    assert "| 64 full | 512 | 328 | 164 | 262 | 2.00 | 1.25 |" in text
+    assert text.count("TFLOP/s, backward") == text.count("TFLOP/s, forward and backward") == 1
+    for name, lines in (("backward", 4 + 4 * 4 + 2 * 3), ("forward_backward", 3 + 6 * 3)):
+        assert f"(figures/{name}.svg)" in text
+        figure = (repository / "docs" / "figures" / f"{name}.svg").read_text()
+        assert figure.count("<polyline") == lines
+
+    figure = repository / "docs" / "figures" / "forward_backward.svg"
+    figure.write_text("<svg/>")
+    assert report.main(["--repository", str(repository), "--check"]) == 1
+    (repository / "benchmarks" / "results" / "backward.json").unlink()
+    assert report.main(["--repository", str(repository)]) == 0
+    assert not figure.exists()
+
+
+def test_results_without_a_step_leave_its_table_unmeasured(report, attention, checkout):
+    repository, add = checkout
+    add("backward.json", forward_results(attention.grid_rows(), "attention_backward"))
+
+    assert report.main(["--repository", str(repository)]) == 0
+
+    text = (repository / "docs" / "performance.md").read_text()
+    assert text.count("`benchmarks/attention.py --mode=backward` gives") == 1
+    assert "forward + backward /" not in (repository / "README.md").read_text()
+
+
+def test_memory_stands_beside_the_formula_and_what_was_not_run(report, attention, checkout):
+    repository, add = checkout
+    add("memory.json", length_results(attention.length_rows()))
+
+    assert report.main(["--repository", str(repository)]) == 0
+
+    text = (repository / "docs" / "performance.md").read_text()
+    assert "| Forward, seq | jax_fa3 | plain jnp |" in text
+    assert "| 4096 | 0.687 ms, 0.391 MiB | (1.00 GiB) |" in text
+    assert "| 131072, 8 heads | 352 ms, 12.5 MiB | (512 GiB) |" in text
+    # 131072 rows of 8 heads: 260 bytes for output and log-sum-exp, 520 of workspace.
+    assert "| 131072, 8 heads | 352 ms, 12.5 MiB | 780 MiB | 352 ms, 12.5 MiB |" in text
+    assert ">128k</text>" not in (repository / "docs/figures/memory.svg").read_text()
+
+
+def test_the_formula_counts_the_backwards_rows_in_whole_tiles(report, harness):
+    row = harness.Row(64, "full", 130, 2, 3).fields()
+    assert report.gradient_bytes(row) == 2 * 3 * (130 * (2 * 64 + 4) + 256 * (4 * 64 + 8))
+    assert report.gradient_bytes(harness.Row(256, "full", 128, 1, 1).fields()) is None
+
+
+def test_a_drawing_is_made_of_those_results_that_lie_on_an_axis(report, attention):
+    rows = attention.grid_rows()
+    grid, backward = forward_results(rows), backward_results(rows)
+    backward["kind"] += "_smoke"
+    length = length_results(attention.length_rows())
+    shapes = forward_results(attention.shape_rows(), "attention_shapes")
+
+    assert report.figure_of(grid) == report.forward_figure(grid)
+    assert report.figure_of(backward) == report.backward_figure(backward)
+    assert report.figure_of(length) == report.memory_figure(length)
+    for other in (shapes, launch_results(attention.launch_rows()), grid | {"rows": []}):
+        assert report.figure_of(other) is None
 
 
 def test_the_report_names_shapes_that_fall_behind(report, attention, checkout):
