@@ -50,17 +50,15 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
     // The more pairs, the further apart are two key tiles of the same one, and the less do they
     // wait for each other; but where the first has added to dQ, the second had better find it in
     // the L2. Of P pairs with `steps` steps a tile it comes P * steps / 132 steps later, and in
-    // each of them the P pairs touch step_bytes. 4 MB is the best of 1, 4 and 16 (H200, seq 1024 to
-    // 8192).
+    // each of them the P pairs touch step_bytes. Best of 1 to 64 MB (H200, seq 1024 to 8192): 4,
+    // causal 8.
+    const bool causal = problem.mask == MaskKind::kCausal;
     const int64_t tile_m = found->config.tile_m;
-    const int64_t steps = std::max<int64_t>(
-        1, group * plan.padded_q / tile_m / (problem.mask == MaskKind::kCausal ? 2 : 1));
+    const int64_t steps = std::max<int64_t>(1, group * plan.padded_q / tile_m / (causal ? 2 : 1));
     const int64_t step_bytes = tile_m * problem.head_dim * (2 * BwdConfig::kElementBytes + 4);
+    const int64_t room = Device{}.sm_count * (int64_t{causal ? 8 : 4} << 20);
     int64_t apart = 1;
-    while ((apart + 1) * (apart + 1) * steps * step_bytes <=
-           Device{}.sm_count * (int64_t{4} << 20)) {
-      ++apart;
-    }
+    while ((apart + 1) * (apart + 1) * steps * step_bytes <= room) ++apart;
     in_flight = std::clamp<int64_t>(apart, in_flight, std::max<int64_t>(1, pairs));
   }
   plan.grid = {static_cast<uint32_t>(n_tiles * pairs), static_cast<int32_t>(n_tiles),
