@@ -142,6 +142,8 @@ def provenance(results):
     text = "; ".join(parts) + "."
     if results["missing_rows"]:
         text += f" The run ended before {', '.join(results['missing_rows'])}."
+    if results.get("parts"):
+        text += f" Measured in parts: {results['parts']}."
     if results.get("failed_checks"):
         text += f" Wrong answers, so not timed: {', '.join(results['failed_checks'])}."
     return text
