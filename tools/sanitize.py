@@ -8,6 +8,12 @@ minute each). Not the Python tests: JAX itself crashes under compute-sanitizer (
 0.11.2 before the first kernel of ours). compute-sanitizer comes with the CUDA toolkit, or pip
 install nvidia-cuda-sanitizer-api. The exit status is 0 when no tool found anything and every check
 passed.
+
+racecheck does not look at bwd_two_pass_kernel. There one warpgroup hands numbers to another through
+shared memory: all lanes of a warp store, __syncwarp, lane 0 arrives at an mbarrier, and the same
+lanes of the other warpgroup wait for it and read. racecheck takes the barrier to order lane 0's own
+stores only and reports the other 31 of 32 lanes (95232 of 98304 bytes a case, exactly that share);
+__syncwarp orders theirs before its arrival, and an arrival releases what came before it.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import tempfile
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 PASSES = ("fwd", "bwd")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+LEFT_OUT = {"racecheck": ["--kernel-name-exclude=kernel_substring=bwd_two_pass_kernel"]}
 FOUND_SOMETHING = 86  # compute-sanitizer's exit status for its own findings
 NVCC_FLAGS = (
     "-gencode",
@@ -83,7 +90,13 @@ def main() -> int:
         for tool, program in itertools.product(options.tool or TOOLS, programs):
             print(f"== {tool} {program.name}", flush=True)
             status = subprocess.run(
-                [sanitizer, f"--tool={tool}", f"--error-exitcode={FOUND_SOMETHING}", program],
+                [
+                    sanitizer,
+                    f"--tool={tool}",
+                    f"--error-exitcode={FOUND_SOMETHING}",
+                    *LEFT_OUT.get(tool, ()),
+                    program,
+                ],
                 check=False,
             ).returncode
             reason = {0: "clean", FOUND_SOMETHING: "found something"}
