@@ -5,7 +5,11 @@ The text is what the FFI handler was written against. A change here is a change 
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import functools
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import helpers
 import jax
@@ -60,6 +64,84 @@ def test_operands_and_results(dtype, name, h, kernels):
     assert results[:2] == [f"2x6x6x{h}x{name}", "2x6x6xf32"]
     n = kernels.fwd_workspace_bytes(np.dtype(dtype).name, 2, 6, 10, 6, 3, h, False)
     assert results[2:] == [f"{n}xui8"]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_each_operand_comes_from_where_its_name_says():
+    """query, key, value, query_offset. Types cannot tell key from value; the order is frozen."""
+    line = call(bf16())
+    names = re.findall(r"%[\w#]+", line[line.index("(") : line.index(")")])
+    assert names == ["%arg0", "%arg1", "%arg2"]
+    f = lambda offset, value, key, query: attend(
+        query, key, value, is_causal=True, query_offset=offset
+    )
+    args = jnp.asarray([1, 2], jnp.int32), *reversed(bf16())
+    (line,) = kernel_lines(cuda_text(f, *args))
+    names = re.findall(r"%[\w#]+", line[line.index("(") : line.index(")")])
+    assert names[:3] == ["%arg3", "%arg2", "%arg1"]
+    assert len(names) == 4
+
+
+# What a program exported today must still find in a jax_fa3 of next year. A change of a line here
+# is another version of the target: a new name, beside the old one, and not an edit.
+FROZEN = {
+    "jax_fa3_fwd_v1": {
+        "operands": ["query", "key", "value", "query_offset, when has_query_offset"],
+        "results": ["out", "lse", "workspace"],
+        "attributes": {
+            "scale": "f32",
+            "is_causal": "bool",
+            "diagonal": "i64",
+            "has_query_offset": "bool",
+        },
+    },
+    "jax_fa3_bwd_v1": {
+        "operands": [
+            *["query", "key", "value", "out", "lse", "dout", "dlse"],
+            "query_offset, when has_query_offset",
+        ],
+        "results": ["dquery", "dkey", "dvalue", "workspace"],
+        "attributes": {
+            "scale": "f32",
+            "is_causal": "bool",
+            "diagonal": "i64",
+            "has_query_offset": "bool",
+            "deterministic": "bool",
+        },
+    },
+}
+TYPES = {  # at 2 x 6 x 4 x 64 queries, 2 x 10 x 2 x 64 keys and values
+    **dict.fromkeys(["query", "out", "dout", "dquery"], "2x6x4x64xbf16"),
+    **dict.fromkeys(["key", "value", "dkey", "dvalue"], "2x10x2x64xbf16"),
+    **dict.fromkeys(["lse", "dlse"], "2x4x6xf32"),
+    "query_offset, when has_query_offset": "2xi32",
+}
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("offset", [False, True], ids=["static", "query_offset"])
+@pytest.mark.parametrize("target", FROZEN)
+def test_operands_results_and_attributes_of_a_versioned_target_are_frozen(target, offset):
+    options = {"is_causal": True, "query_offset": 3} if offset else {}
+    text = cuda_text(jax.grad(functools.partial(loss, **options), (0, 1, 2)), *bf16())
+    (line,) = kernel_lines(text, target)
+    operands, results = signature(line)
+    frozen = FROZEN[target]
+    wanted = frozen["operands"] if offset else frozen["operands"][:-1]
+    assert operands == [TYPES[name] for name in wanted]
+    assert results[:-1] == [TYPES[name] for name in frozen["results"][:-1]]
+    assert re.fullmatch(r"\d+xui8", results[-1])
+    kinds = {
+        name: "bool" if value in ("true", "false") else value.split(" : ")[1]
+        for name, value in attributes(line).items()
+    }
+    assert kinds == frozen["attributes"]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_frozen_targets_are_all_there_are():
+    checks = " ".join(map(str, jax_fa3.export_disabled_checks()))
+    assert set(re.findall(r"jax_fa3_\w+", checks)) == set(FROZEN)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -183,6 +265,15 @@ def test_a_gradient_through_lse_runs_the_forward_once():
     assert kernel_calls(text) == 1
 
 
+def offload(*names):
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 def layers(policy, names=None):
     """value_and_grad of two checkpointed layers in a scan."""
 
@@ -208,11 +299,37 @@ def layers(policy, names=None):
         (jax.checkpoint_policies.everything_saveable, 1),
         (jax.checkpoint_policies.nothing_saveable, 2),
         (jax.checkpoint_policies.save_only_these_names("jax_fa3_out"), 2),
+        (jax.checkpoint_policies.dots_saveable, 2),
+        (offload("jax_fa3_out", "jax_fa3_lse"), 1),
+        (
+            jax.checkpoint_policies.save_from_both_policies(
+                jax.checkpoint_policies.dots_saveable, jax_fa3.remat_policy()
+            ),
+            1,
+        ),
     ],
-    ids=["by name", "ours", "everything", "nothing", "only out"],
+    ids=["by name", "ours", "everything", "nothing", "only out", "dots", "offload", "dots, ours"],
 )
 def test_remat_policies_by_name_do_not_run_the_forward_twice(policy, calls):
     assert kernel_calls(layers(policy)) == calls
+
+
+@pytest.mark.usefixtures("kernels")
+def test_an_offload_policy_sends_out_and_lse_to_the_host_and_back():
+    text = layers(offload("jax_fa3_out", "jax_fa3_lse"))
+    moves = re.findall(r'_xla_buffer_placement = "(\w+)"', text)
+    assert sorted(moves) == ["device"] * 2 + ["pinned_host"] * 2
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("outside", ["vmap", "checkpoint"])
+def test_a_policy_by_name_holds_under_vmap(outside):
+    args = tuple(normal((3, *x.shape), x.dtype) for x in bf16())
+    remat = functools.partial(jax.checkpoint, policy=jax_fa3.remat_policy())
+    one = lambda *a: jnp.sin(attend(*a, is_causal=True).astype(jnp.float32))
+    f = jax.vmap(remat(one)) if outside == "vmap" else remat(jax.vmap(one))
+    text = cuda_text(jax.grad(lambda *a: f(*a).sum(), (0, 1, 2)), *args)
+    assert kernel_calls(text) == 1
 
 
 @pytest.mark.usefixtures("kernels")
@@ -376,6 +493,71 @@ def test_export_for_cuda_from_a_machine_without_a_gpu():
     assert exported.platforms == ("cuda",)
     both = jax.export.export(jax.jit(f), platforms=["cpu", "cuda"], disabled_checks=checks)(*args)
     helpers.assert_close(both.call(*args), helpers.oracle(*args, is_causal=True)[0], jnp.bfloat16)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_an_exported_program_survives_serialisation_with_its_gradient():
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    args = bf16()
+    f = jax.jit(functools.partial(attend, is_causal=True))
+    exported = jax.export.export(
+        f, platforms=["cpu", "cuda"], disabled_checks=jax_fa3.export_disabled_checks()
+    )(*args)
+    restored = jax.export.deserialize(exported.serialize(vjp_order=1))
+    assert kernel_calls(restored.mlir_module()) == 1
+    assert restored.platforms == ("cpu", "cuda")
+    total = lambda g: lambda *a: (g(*a).astype(jnp.float32) ** 2).sum()
+    for g in (lambda h: h, lambda h: jax.grad(total(h), (0, 1, 2))):
+        helpers.assert_same_bits(jax.jit(g(restored.call))(*args), jax.jit(g(f))(*args))
+    assert kernel_calls(restored.vjp().mlir_module(), helpers.BWD_TARGET) == 1
+
+
+def test_an_exported_program_runs_in_another_process(tmp_path):
+    """That imports jax_fa3, which registers the calls, and nothing else of this one."""
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    args = bf16()
+    f = jax.jit(functools.partial(attend, is_causal=True))
+    exported = jax.export.export(f, disabled_checks=jax_fa3.export_disabled_checks())(*args)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    wide = {str(i): np.asarray(x, np.float32) for i, x in enumerate(args)}  # NumPy has no bfloat16
+    np.savez(tmp_path / "arguments.npz", **wide)
+    script = """
+import sys, jax, jax.export, jax.numpy as jnp, numpy as np, jax_fa3
+folder = sys.argv[1]
+with open(folder + "/program", "rb") as file:
+    program = jax.export.deserialize(bytearray(file.read()))
+given = np.load(folder + "/arguments.npz")
+out = program.call(*(jnp.asarray(given[str(i)]).astype(jnp.bfloat16) for i in range(3)))
+np.save(folder + "/out.npy", np.asarray(out, np.float32))
+"""
+    root = str(pathlib.Path(jax_fa3.__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    helpers.assert_close(np.load(tmp_path / "out.npy"), f(*args).astype(jnp.float32), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [attend, jax.grad(lambda *a: attend(*a).astype(jnp.float32).sum())],
+    ids=["forward", "gradient"],
+)
+def test_ahead_of_time_compilation(f):
+    """Compiled from shapes alone; the executable refuses others and answers as jit does."""
+    args = bf16()
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    compiled = jax.jit(f).lower(*structs).compile()
+    helpers.assert_same_bits(compiled(*args), jax.jit(f)(*args))
+    assert compiled.memory_analysis() is not None
+    with pytest.raises(TypeError):
+        compiled(*bf16(t=7))
 
 
 # --- The compiled extension --------------------------------------------------------------------

@@ -223,6 +223,43 @@ def test_vmap_over_everything_at_once_on_different_axes():
     assert_close(got, jax.tree.map(lambda *r: jnp.stack(r), *rows))
 
 
+@pytest.mark.parametrize("draw", range(6))
+def test_vmap_over_any_subset_of_all_arguments(draw):
+    """All arguments are given and some are mapped, each on an axis of its own; with gradients."""
+    del draw  # the test's name draws its numbers: another subset and other axes
+    arrays = dict(zip(("query", "key", "value"), qkv(batch=(B,), t=T, s=S, n=N, k=K)))
+    free = (*arrays, *FLOATS)
+    arrays |= {name: make(()) for name, make in OPTIONAL.items()}
+    mapped = helpers.fresh_rng().random(len(arrays)) < 0.4
+    mapped[helpers.fresh_rng().integers(len(arrays))] = True
+    axes = dict.fromkeys(arrays)
+    for name in itertools.compress(list(arrays), mapped):
+        x = arrays[name]
+        row = OPTIONAL.get(name, lambda lead, shape=x.shape: normal((*lead, *shape)))((SIZE,))
+        axes[name] = int(helpers.fresh_rng().integers(0, row.ndim))
+        arrays[name] = jnp.moveaxis(row, 0, axes[name])
+
+    def both(attention, arrays):
+        fixed = {n: x for n, x in arrays.items() if n not in free}
+        call = lambda wanted: attention(**wanted, **fixed, is_causal=True)
+        wanted = {n: arrays[n] for n in free}
+        return call(wanted), jax.grad(total(call))(wanted)
+
+    def one_by_one(arrays):
+        of_row = lambda i: {
+            n: x if axes[n] is None else jnp.take(x, i, axes[n]) for n, x in arrays.items()
+        }
+        rows = [both(exact_by_name, of_row(i)) for i in range(SIZE)]
+        return jax.tree.map(lambda *r: jnp.stack(r), *rows)
+
+    got = jax.jit(jax.vmap(functools.partial(both, attend), (axes,)))(arrays)
+    assert_close(got, jax.jit(one_by_one)(arrays), scale=8)
+
+
+def exact_by_name(*, query, key, value, **options):
+    return exact(query, key, value, **options)
+
+
 def test_vmap_over_descales():
     q, k, v = (x.astype(jnp.float8_e4m3fn) for x in qkv(batch=(B,), t=T, s=S, n=N, k=K, h=16))
     descale = jnp.exp2(integers(-1, 2, (SIZE, B, K)).astype(jnp.float32))
@@ -267,6 +304,12 @@ POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "by name": jax.checkpoint_policies.save_only_these_names("jax_fa3_out", "jax_fa3_lse"),
     "ours": jax_fa3.remat_policy(),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["jax_fa3_lse"],
+        names_which_can_be_offloaded=["jax_fa3_out"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -277,6 +320,17 @@ def test_checkpoint_changes_no_gradient(case, policy):
     loss = total(attend, is_causal=True)
     remat = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), (0, 1, 2)))(*args)
     assert_close(remat, jax.jit(jax.grad(loss, (0, 1, 2)))(*args), case["dtype"])
+
+
+@both_doors
+@pytest.mark.parametrize("outside", ["vmap", "checkpoint"])
+def test_checkpoint_and_vmap_in_either_order(case, outside):
+    args = tuple(normal((SIZE, *x.shape), x.dtype) for x in qkv(batch=(2,), t=4, s=5, **case))
+    policy = jax_fa3.remat_policy()
+    remat = functools.partial(jax.checkpoint, policy=policy)
+    f = jax.vmap(remat(attend)) if outside == "vmap" else remat(jax.vmap(attend))
+    got = jax.jit(jax.grad(total(f), (0, 1, 2)))(*args)
+    assert_close(got, jax.jit(jax.grad(total(jax.vmap(attend)), (0, 1, 2)))(*args), case["dtype"])
 
 
 @both_doors
@@ -360,6 +414,90 @@ def test_inside_cond_and_while_loop(case):
     assert_close(f(3, *args), wanted, case["dtype"], scale=3)
 
 
+@both_doors
+def test_while_loop_that_carries_what_attention_made(case):
+    """And under vmap, where rows stop after different numbers of steps."""
+    q, k, v = qkv(batch=(2,), t=4, s=5, n=4, k=2, **case)
+
+    def steps(attention, n, q):
+        step = lambda c: (c[0] + 1, (0.5 * attention(c[1], k, v)[0]).astype(q.dtype))
+        return jax.lax.while_loop(lambda c: c[0] < n, step, (0, q))[1]
+
+    def by_hand(n, q):
+        for _ in range(n):
+            q = (0.5 * exact(q, k, v)[0]).astype(q.dtype)
+        return q
+
+    counts = jnp.asarray([0, 1, 3])
+    got = jax.jit(jax.vmap(functools.partial(steps, attend), (0, None)))(counts, q)
+    assert_close(got, jnp.stack([by_hand(n, q) for n in counts.tolist()]), case["dtype"])
+
+
+@both_doors
+def test_gradient_through_cond_is_that_of_the_branch_taken(case):
+    args = qkv(batch=(2,), t=4, s=5, **case)
+
+    def loss(attention):
+        def f(causal, *args):
+            branches = [functools.partial(attention, is_causal=c) for c in (True, False)]
+            out, lse = jax.lax.cond(causal, *branches, *args)
+            return (out.astype(jnp.float32) ** 2).sum() + lse.sum()
+
+        return jax.jit(jax.grad(f, (1, 2, 3)))
+
+    for causal in (True, False):
+        got, wanted = (loss(a)(jnp.asarray(causal), *args) for a in (attend, exact))
+        assert_close(got, wanted, case["dtype"], scale=8)
+
+
+@both_doors
+def test_a_custom_vjp_around_it(case):
+    """A rule of the user's own that calls the pullback, as gradient clipping does."""
+    args = qkv(batch=(2,), t=4, s=5, **case)
+
+    @jax.custom_vjp
+    def clipped(*args):
+        return attend(*args)[0]
+
+    def forward(*args):
+        out, pullback = jax.vjp(lambda *a: attend(*a)[0], *args)
+        return out, pullback
+
+    def backward(pullback, dout):
+        return pullback(jnp.clip(dout, -0.5, 0.5))
+
+    clipped.defvjp(forward, backward)
+    dout = normal(args[0].shape, args[0].dtype)
+    got = jax.jit(lambda a, d: jax.vjp(clipped, *a)[1](d))(args, dout)
+    plain = jax.jit(lambda a, d: jax.vjp(lambda *b: attend(*b)[0], *a)[1](d))
+    assert_close(got, plain(args, jnp.clip(dout, -0.5, 0.5)), case["dtype"])
+
+
+@both_doors
+def test_donated_operands_give_their_memory_to_the_results(case):
+    """A donated query becomes out, and a donated state the next one; values stay right."""
+    args = qkv(batch=(2,), t=4, s=5, **case)
+    wanted = exact(*args)[0]
+    f = jax.jit(lambda *a: attend(*a)[0], donate_argnums=(0,))
+    compiled = f.lower(*args).compile()
+    assert "input_output_alias" in compiled.as_text().splitlines()[0]
+    query = args[0] + 0
+    assert_close(f(query, *args[1:]), wanted, case["dtype"])
+    assert query.is_deleted()
+    assert not args[1].is_deleted()
+
+
+@both_doors
+def test_a_donated_training_state(case):
+    args = qkv(batch=(2,), t=4, s=5, **case)
+    scalar = total(attend, is_causal=True)
+    step = lambda args: jax.tree.map(jnp.subtract, args, jax.grad(lambda a: scalar(*a))(args))
+    wanted = jax.jit(step)(args)
+    given = jax.tree.map(lambda x: x + 0, args)
+    assert_close(jax.jit(step, donate_argnums=0)(given), wanted, case["dtype"])
+    assert all(x.is_deleted() for x in given)
+
+
 def test_one_trace_serves_every_call_of_a_shape():
     args = qkv(h=64, dtype=jnp.bfloat16)
     traces = []
@@ -439,6 +577,31 @@ def test_vmap_of_grad_runs_one_forward_kernel():
     args = tuple(normal((3, *x.shape), x.dtype) for x in qkv(h=64, dtype=jnp.bfloat16))
     text = helpers.cuda_text(jax.vmap(jax.value_and_grad(total(attend), (0, 1, 2))), *args)
     assert helpers.kernel_calls(text) == 1
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("order", ["vmap of grad", "grad of vmap"])
+def test_any_number_of_vmaps_around_or_inside_a_gradient_is_one_call_of_each_kernel(depth, order):
+    lead = (2, 3, 5)[:depth]
+    args = qkv(batch=(*lead, 2), t=4, s=5, n=4, k=2, h=64, dtype=jnp.bfloat16)
+
+    def many(f):
+        for _ in lead:
+            f = jax.vmap(f)
+        return f
+
+    if order == "vmap of grad":
+        f = many(jax.grad(total(attend), (0, 1, 2)))
+    else:
+        f = jax.grad(total(many(attend)), (0, 1, 2))
+    text = helpers.cuda_text(f, *args)
+    calls = helpers.kernel_calls(text), helpers.kernel_calls(text, helpers.BWD_TARGET)
+    assert calls == (1, 1)
+    shape = "x".join(map(str, (*lead, 2, 4, 4, 64)))
+    for target in (helpers.FWD_TARGET, helpers.BWD_TARGET):
+        operand_types, _ = helpers.signature(helpers.kernel_lines(text, target)[0])
+        assert operand_types[0] == f"{shape}xbf16"
 
 
 def test_the_oracle_itself_agrees_with_numpy():
