@@ -394,6 +394,8 @@ def test_a_mesh_that_is_manual_in_part_gives_right_values(case, kind, check_vma)
 @pytest.mark.parametrize("around", ["the call", "shard_map"])
 def test_spmd_axis_name_keeps_the_mapped_axis_on_its_mesh_axis(case, around):
     """An ensemble of one member a device group: no member's arrays leave its devices."""
+    if around == "shard_map" and jax.__version_info__ < (0, 10, 2):
+        pytest.skip("JAX before 0.10.2 cannot vmap this shard_map: its own varying axes differ")
     mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
     args = tuple(normal((4, *x.shape), x.dtype) for x in operands(case, batch=(2,)))
     heads = P(None, None, "heads")
