@@ -495,3 +495,13 @@ def layouts(line: str) -> list[tuple[list[int], int]]:
     """Of each operand, then of each result of a custom call: dims from minor to major, rank."""
     found = re.findall(r"dense<(\[[\d, ]*\]|\d+)> : tensor<(\d+)xindex>", line)
     return [([int(d) for d in re.findall(r"\d+", order)], int(rank)) for order, rank in found]
+
+
+def offload_policy(*names, saved=()):
+    """The remat policy that sends values of these names to the host and keeps those `saved`."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(saved),
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

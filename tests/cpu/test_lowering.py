@@ -265,15 +265,6 @@ def test_a_gradient_through_lse_runs_the_forward_once():
     assert kernel_calls(text) == 1
 
 
-def offload(*names):
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(names),
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-
-
 def layers(policy, names=None):
     """value_and_grad of two checkpointed layers in a scan."""
 
@@ -300,7 +291,7 @@ def layers(policy, names=None):
         (jax.checkpoint_policies.nothing_saveable, 2),
         (jax.checkpoint_policies.save_only_these_names("jax_fa3_out"), 2),
         (jax.checkpoint_policies.dots_saveable, 2),
-        (offload("jax_fa3_out", "jax_fa3_lse"), 1),
+        (helpers.offload_policy("jax_fa3_out", "jax_fa3_lse"), 1),
         (
             jax.checkpoint_policies.save_from_both_policies(
                 jax.checkpoint_policies.dots_saveable, jax_fa3.remat_policy()
@@ -316,7 +307,7 @@ def test_remat_policies_by_name_do_not_run_the_forward_twice(policy, calls):
 
 @pytest.mark.usefixtures("kernels")
 def test_an_offload_policy_sends_out_and_lse_to_the_host_and_back():
-    text = layers(offload("jax_fa3_out", "jax_fa3_lse"))
+    text = layers(helpers.offload_policy("jax_fa3_out", "jax_fa3_lse"))
     moves = re.findall(r'_xla_buffer_placement = "(\w+)"', text)
     assert sorted(moves) == ["device"] * 2 + ["pinned_host"] * 2
 

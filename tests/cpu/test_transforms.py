@@ -304,12 +304,7 @@ POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "by name": jax.checkpoint_policies.save_only_these_names("jax_fa3_out", "jax_fa3_lse"),
     "ours": jax_fa3.remat_policy(),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["jax_fa3_lse"],
-        names_which_can_be_offloaded=["jax_fa3_out"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "offload": helpers.offload_policy("jax_fa3_out", saved=("jax_fa3_lse",)),
 }
 
 
