@@ -44,8 +44,7 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
   // of its group of query heads.
   const int64_t pair_bytes = std::max<int64_t>(
       1, group * plan.padded_q * problem.head_dim * (2 * BwdConfig::kElementBytes + 4));
-  int64_t in_flight =
-      std::clamp<int64_t>(kSharedL2Bytes / pair_bytes, 1, std::max<int64_t>(1, pairs));
+  int64_t in_flight = equal_groups(pairs, kSharedL2Bytes / pair_bytes);
   if (found->config.dq_sum == DqSum::kInTurns) {
     // The more pairs, the further apart are two key tiles of the same one, and the less do they
     // wait for each other; but where the first has added to dQ, the second had better find it in
@@ -59,7 +58,7 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
     const int64_t room = Device{}.sm_count * (int64_t{causal ? 8 : 4} << 20);
     int64_t apart = 1;
     while ((apart + 1) * (apart + 1) * steps * step_bytes <= room) ++apart;
-    in_flight = std::clamp<int64_t>(apart, in_flight, std::max<int64_t>(1, pairs));
+    in_flight = equal_groups(pairs, std::max(apart, in_flight));
   }
   plan.grid = {static_cast<uint32_t>(n_tiles * pairs), static_cast<int32_t>(n_tiles),
                static_cast<int32_t>(problem.heads_k), static_cast<int32_t>(in_flight)};
@@ -71,8 +70,7 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
         1, 2 * problem.seqlen_k * problem.head_dim * BwdConfig::kElementBytes / group);
     plan.query_grid = {static_cast<uint32_t>(m_tiles * heads), static_cast<int32_t>(m_tiles),
                        static_cast<int32_t>(problem.heads_q),
-                       static_cast<int32_t>(std::clamp<int64_t>(kSharedL2Bytes / head_bytes, 1,
-                                                                std::max<int64_t>(1, heads)))};
+                       static_cast<int32_t>(equal_groups(heads, kSharedL2Bytes / head_bytes))};
     // Four products of 64 keys with a group's queries against three of 128 queries with the keys.
     plan.keys_first = 4 * found->config.tile_n() * group * problem.seqlen_q >
                       3 * BwdConfig::kQueryRows * problem.seqlen_k;

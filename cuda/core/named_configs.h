@@ -14,6 +14,14 @@ namespace jax_fa3 {
 // prototypes (forward, batch 2, seq 8192, head dim 128, H200).
 constexpr int64_t kSharedL2Bytes = 32 * 1024 * 1024;
 
+// Groups of at most `room` pairs, of equal size: a last group of one or two would have fewer tiles
+// than there are multiprocessors, and everything would wait for the longest of them.
+constexpr int64_t equal_groups(int64_t pairs, int64_t room) {
+  if (pairs <= 0) return 1;
+  const int64_t groups = ceil_div(pairs, room < 1 ? int64_t{1} : room);
+  return ceil_div(pairs, groups);
+}
+
 // Index of the configuration with this name, -1 where there is none.
 template <class Named, size_t kCount>
 int find_config(const Named (&configs)[kCount], const std::string& name) {

@@ -150,7 +150,7 @@ Status plan_fwd(const Problem& problem, const Device& device, FwdPlan& plan) {
   const int64_t kv_bytes =
       std::max<int64_t>(1, 2 * problem.seqlen_k * problem.head_dim * FwdConfig::kElementBytes);
   const int64_t heads_in_flight =
-      std::clamp<int64_t>(kSharedL2Bytes / kv_bytes, 1, std::max<int64_t>(1, pairs)) * group;
+      equal_groups(problem.batch * problem.heads_k, kSharedL2Bytes / kv_bytes) * group;
 
   plan.grid = {static_cast<uint32_t>(tiles), static_cast<int32_t>(m_tiles),
                static_cast<int32_t>(problem.heads_q),

@@ -7,6 +7,8 @@
 #include <set>
 #include <tuple>
 
+#include "cuda/core/named_configs.h"
+
 namespace jax_fa3 {
 namespace {
 
@@ -305,6 +307,23 @@ TEST(TileOrder, LongestTilesOfAGroupComeFirst) {
               LongestFirstOrder::tile(grid, index - 1).m_tile);
     EXPECT_LT(LongestFirstOrder::tile(grid, index).head, 3);
   }
+}
+
+// A last group of one or two pairs would leave most multiprocessors without a tile.
+TEST(FwdPlan, PairsInFlightComeInGroupsOfEqualSize) {
+  for (int64_t pairs = 1; pairs < 200; ++pairs) {
+    for (int64_t room = 1; room < 64; ++room) {
+      const int64_t size = equal_groups(pairs, room);
+      EXPECT_LE(size, room);
+      EXPECT_EQ(ceil_div(pairs, size), ceil_div(pairs, room));
+      const int64_t last = pairs - (ceil_div(pairs, size) - 1) * size;
+      EXPECT_GE(last + ceil_div(pairs, size) - 1, size);  // short by less than one a group
+    }
+  }
+  EXPECT_EQ(equal_groups(0, 4), 1);
+  EXPECT_EQ(equal_groups(3, 0), 1);
+  // Batch 4, 3001 tokens, 16 heads: 21 would fit the L2, and leave one of 64 for the end.
+  EXPECT_EQ(planned(problem(4, 3001, 16, 128, MaskKind::kCausal)).grid.heads_in_flight, 16);
 }
 
 }  // namespace
