@@ -107,7 +107,15 @@ class DqWarpgroup {
     constexpr int kBarrier = static_cast<int>(ptx::NamedBarrier::kDq);
     const uint32_t buffer = rings_.dq + buffer_ * BwdConfig::dq_bytes();
     buffer_ ^= 1;
-    if (leader) ptx::bulk_wait_read<1>();
+    if (leader) {
+      if (kInTurns && i == 0) {
+        // A step later its additions are complete, or nearly. (At once, waiting for them holds the
+        // warpgroup up: head dim 128 at 0.63 of the default's speed instead of 0.88.)
+        if (turn_ >= 0) pass_turn();
+      } else {
+        ptx::bulk_wait_read<1>();
+      }
+    }
     ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
     const uint32_t address = buffer + threadIdx.x % ptx::kWarpgroupSize * 16;
 #pragma unroll
@@ -119,12 +127,7 @@ class DqWarpgroup {
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
     if (leader) {
-      if (kInTurns && i == 0) {
-        // Late enough for the last step's additions to be complete: waiting for them holds the
-        // warpgroup up (at once: head dim 128 at 0.63 of the default's speed instead of 0.9).
-        if (turn_ >= 0) pass_turn();
-        await_turn(destination);
-      }
+      if (kInTurns && i == 0) await_turn(destination);
       ptx::bulk_add_f32(destination, buffer, BwdConfig::dq_bytes());
       ptx::bulk_commit();
     }
