@@ -197,13 +197,21 @@ def parse(
 
 def as_array(name: str, x: Any, problems: Problems) -> Any:
     """`x` as a JAX array, or None when it is not an array (a problem)."""
-    if isinstance(x, jax.Array):
-        return x
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError, OverflowError):
-        problems.add(name, _describe(x), "an array", is_type=True)
+    if not isinstance(x, jax.Array):
+        try:
+            x = jnp.asarray(x)
+        except (TypeError, ValueError, OverflowError):
+            problems.add(name, _describe(x), "an array", is_type=True)
+            return None
+    if not all(isinstance(size, int) for size in x.shape):
+        problems.add(
+            name,
+            f"shape {show(x.shape)}",
+            "sizes that are known, from which blocks and workspaces follow (not the symbolic ones "
+            "of jax.export: export once for each shape)",
+        )
         return None
+    return x
 
 
 def _describe(x: Any) -> str:

@@ -487,6 +487,14 @@ def test_export_for_cuda_from_a_machine_without_a_gpu():
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_export_with_a_symbolic_size_says_what_it_wants(platform):
+    (batch,) = jax.export.symbolic_shape("batch")
+    args = [jax.ShapeDtypeStruct((batch, 16, 2, 64), jnp.bfloat16)] * 3
+    with pytest.raises(ValueError, match=r"(?s)query: got shape \(batch, 16, 2, 64\).*value: got"):
+        jax.export.export(jax.jit(jax_fa3.dot_product_attention), platforms=[platform])(*args)
+
+
 def test_an_exported_program_survives_serialisation_with_its_gradient():
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     args = bf16()
