@@ -24,7 +24,7 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec
 
-from jax_fa3 import _blockwise, _native, _support
+from jax_fa3 import _blockwise, _native, _partitioning, _sharding, _support
 from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands, softmax_dtype
 
 fwd_p = jax.extend.core.Primitive("jax_fa3_fwd")
@@ -375,6 +375,11 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
             _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
         return _lower_xla_forward(ctx, *operands, names=names, spec=spec, fallback=fallback)
 
+    if _partitioning.is_wanted(ctx):
+        return _partitioning.lower(
+            ctx, operands, _forward_call(names=names, spec=spec, fallback=fallback)
+        )
+
     batch = out.shape[:-3]
     arguments, avals_in = list(operands), list(ctx.avals_in)
     if "query_offset" in names:  # one a batch row: these are 4 bytes each
@@ -402,6 +407,9 @@ def _lower_backward_cuda(ctx, *operands, names, spec):
         if why_not:
             _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
         return _lower_xla_backward(ctx, *operands, names=names, spec=spec)
+
+    if _partitioning.is_wanted(ctx):
+        return _partitioning.lower(ctx, operands, _backward_call(names=names, spec=spec))
 
     batch = dq.shape[:-3]
     t, n, h = dq.shape[-3:]
@@ -435,6 +443,39 @@ def _lower_backward_cuda(ctx, *operands, names, spec):
         spec=spec,
         deterministic=np.bool_(spec.deterministic_backward),
     )
+
+
+# --- how XLA may split a call over an Auto mesh ---
+
+
+def _forward_call(*, names, **params) -> _partitioning.Call:
+    def local(split, sizes, partitions, *arrays):
+        del partitions
+        spec, operands = _sharding.localize(
+            params["spec"], _as_operands(names, arrays), split, sizes
+        )
+        here, arrays = _present(operands)
+        return fwd_p.bind(*arrays, **{**params, "names": here, "spec": spec})
+
+    whole = functools.partial(fwd_p.bind, names=names, **params)
+    return _partitioning.Call(whole, local, names, ("out", "lse"))
+
+
+def _backward_call(*, names, **params) -> _partitioning.Call:
+    wanted = _differentiable(names)
+
+    def local(split, sizes, partitions, *arrays):
+        operands, rest = _as_operands(names, arrays[: len(names)]), arrays[len(names) :]
+        spec, here = _sharding.localize(params["spec"], operands, split, sizes)
+        local_names, local_arrays = _present(here)
+        params_here = {**params, "names": local_names, "spec": spec}
+        grads = bwd_p.bind(*local_arrays, *rest, **params_here)
+        grads = dict(zip(wanted, grads, strict=True))
+        grads = _sharding.sum_gradients(grads, operands, split, sizes, partitions)
+        return list(grads.values())
+
+    whole = functools.partial(bwd_p.bind, names=names, **params)
+    return _partitioning.Call(whole, local, (*names, "out", "lse", "dout", "dlse"), wanted)
 
 
 # --- batching ---

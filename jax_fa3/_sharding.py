@@ -2,48 +2,227 @@
 
 * Manual axes (inside jax.shard_map): arrays are local already; operands that vary over fewer axes
   than others are cast to vary alike, so that their cotangents are summed.
-* Explicit axes: batch and heads stay sharded as the query's are, everything else is gathered, and
-  the call runs in a jax.shard_map over those axes.
-* Auto axes: XLA places the call, and gathers what a kernel needs whole.
+* Explicit axes: the call runs in a jax.shard_map over those that shard it.
+* Auto axes: XLA places the call; `_partitioning` tells it how the kernels may be split.
+
+On Explicit and Auto axes alike the batch, the query sequence and the heads stay sharded, as `Split`
+says, and everything else is gathered.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_fa3._spec import CORE_RANK, Operands
+from jax_fa3._spec import (
+    CORE_DIMS,
+    CORE_RANK,
+    DIFFERENTIABLE,
+    AttentionSpec,
+    Operands,
+    softmax_dtype,
+)
 
-# A function of operands that gives out [*batch, T, N, D] and lse [*batch, N, T].
-Attend = Callable[[Operands], tuple[jax.Array, jax.Array]]
+Axes = tuple[Any, ...]  # names of mesh axes that split one dim, major first
 
 
-def place(attend: Attend, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """attend(operands), each array where it may be.
+# --- how a call is split ---
 
-    Returns:
-      out and lse; on Explicit axes sharded as the query is in batch, T and N.
-    Raises:
-      ValueError: the arrays live on different meshes.
+
+class Split(NamedTuple):
+    """The mesh axes that split each dim of a call; what is not named here is whole everywhere.
+
+    Where there are fewer key/value heads than shards of the query heads, the shards that read one
+    key/value head hold all that `keys` leave whole, read theirs, and sum its gradient.
     """
-    types = [jax.typeof(x) for x in operands if x is not None]
-    if all(t.sharding.mesh.empty for t in types):
-        return attend(operands)
-    if any(_is_sharded(t) for t in types):
-        return _over_explicit_axes(attend, operands, types)
-    return attend(_vary_alike(operands))
+
+    batch: tuple[Axes, ...]
+    t: Axes  # query sequence
+    n: Axes  # query heads
+    keys: Axes  # key/value heads: the leading ones of n
+
+    @property
+    def axes(self) -> Axes:
+        """All of them."""
+        return sum((*self.batch, self.t, self.n), ())
+
+    @property
+    def sharing(self) -> Axes:
+        """The axes over which query heads of one key/value head are split."""
+        return self.n[len(self.keys) :]
+
+    def partition(self, name: str, shape: Sequence[int]) -> PartitionSpec:
+        """How an operand or result of the call is split."""
+        core = {"t": self.t, "n": self.n, "k": self.keys}
+        axes = [core.get(dim, ()) for dim in CORE_DIMS[name]]
+        if name != "sinks":
+            axes = [*self.batch, *axes]
+        # A dim of size 1 is broadcast. (A full one is split only where it divides.)
+        return PartitionSpec(
+            *(a if a and n > 1 else None for a, n in zip(axes, shape, strict=True))
+        )
 
 
-def _is_sharded(aval: Any) -> bool:
-    """Whether a dim is sharded over Explicit axes: a type names no other axes."""
-    return any(axis is not None for axis in aval.sharding.spec)
+def split_of(
+    placed: Iterable[tuple[str, Sequence[int], Sequence[Axes]]],
+    sizes: Mapping[Any, int],
+    *,
+    heads_k: int,
+    can_communicate: bool = True,
+) -> Split:
+    """The split that moves least, given how the arrays of a call lie.
+
+    Args:
+      placed: (name, shape, axes of each dim) of operands and results, the query first: of several
+        that are split in one dim, the first decides.
+      sizes: of the mesh axes.
+      heads_k: how many key/value heads there are.
+      can_communicate: a device may ask where it is, and sum with others.
+    """
+    placed = list(placed)
+    batch_rank = len(placed[0][1]) - CORE_RANK["query"]
+    t, heads_n, _ = placed[0][1][batch_rank:]
+    found: dict[Any, Axes] = {}
+    full: dict[Any, int] = {"t": t, "n": heads_n}
+    for name, shape, axes in placed:
+        dims = [*range(batch_rank), *CORE_DIMS[name]] if name != "sinks" else ["n"]
+        for dim, size, a in zip(dims, shape, axes, strict=True):
+            if isinstance(dim, int):
+                full[dim] = max(size, full.get(dim, 0))
+            if a and size > 1:
+                found.setdefault(dim, tuple(a))
+    if not can_communicate or any(name == "query_descale" for name, _, _ in placed):
+        found.pop("t", None)  # one scale may span several shards of the sequence
+
+    used: set[Any] = set()
+
+    def take(dim: Any, fits: Callable[[Axes], bool]) -> Axes:
+        """The axes found for a dim, but for those in use and the last ones that do not fit."""
+        axes = tuple(axis for axis in found.get(dim, ()) if axis not in used)
+        while axes and not fits(axes):
+            axes = axes[:-1]
+        used.update(axes)
+        return axes
+
+    def divide(size: int) -> Callable[[Axes], bool]:
+        return lambda axes: size % _count(axes, sizes) == 0
+
+    def heads_fit(axes: Axes) -> bool:
+        if heads_n % _count(axes, sizes):
+            return False
+        keys = _key_axes(axes, heads_k, sizes)
+        # Each shard reads whole groups of query heads, or a part of one.
+        shares = (heads_n // heads_k) % (heads_n // _count(axes, sizes)) == 0
+        return keys == axes or (can_communicate and shares)
+
+    batch = tuple(take(i, divide(full[i])) for i in range(batch_rank))
+    n = take("n", heads_fit) or take("k", heads_fit)
+    return Split(batch, take("t", divide(t)), n, _key_axes(n, heads_k, sizes))
 
 
-def _vary_alike(operands: Operands) -> Operands:
+def _key_axes(axes: Axes, heads_k: int, sizes: Mapping[Any, int]) -> Axes:
+    """The leading ones of the query heads' axes that split the key/value heads too."""
+    while axes and heads_k % _count(axes, sizes):
+        axes = axes[:-1]
+    return axes
+
+
+def _count(axes: Axes, sizes: Mapping[Any, int]) -> int:
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def localize(
+    spec: AttentionSpec, operands: Operands, split: Split, sizes: Mapping[Any, int]
+) -> tuple[AttentionSpec, Operands]:
+    """The call that one device makes, where its part of the arrays is at hand.
+
+    Takes the key/value head that the device's query heads read, and moves the diagonal and the
+    query lengths to where its part of the query sequence begins.
+    """
+    changed: dict[str, Any] = {}
+    if split.sharing:
+        head = _key_head(operands.key.shape[-2], split, sizes)
+        for name in ("key", "value", "key_descale", "value_descale"):
+            x = getattr(operands, name)
+            if x is not None:
+                axis = x.ndim - 2 + (CORE_DIMS[name][-1] == "k")
+                changed[name] = jax.lax.dynamic_slice_in_dim(x, head, 1, axis)
+    if split.t:
+        here = operands.query.shape[-3]
+        start = np.int32(here) * jax.lax.axis_index(split.t)
+        lengths = operands.query_seq_lengths
+        if lengths is not None:
+            changed["query_seq_lengths"] = jnp.clip(lengths - start, 0, here)
+        has_diagonal = spec.is_causal or spec.window != (None, None)
+        if has_diagonal and operands.query_positions is None:
+            offset = _offset(spec, operands, here * _count(split.t, sizes))
+            changed["query_offset"] = offset + start
+            spec = dataclasses.replace(spec, causal_alignment="top_left")
+    return spec, vary_alike(operands._replace(**changed))
+
+
+def sum_gradients(
+    grads: Mapping[str, jax.Array],
+    operands: Operands,
+    split: Split,
+    sizes: Mapping[Any, int],
+    partitions: Mapping[str, PartitionSpec],
+) -> dict[str, jax.Array]:
+    """The gradients of `operands`, from those of what `localize` made of them on each device.
+
+    A gradient is summed, in float32 at least, over the axes that do not split it.
+
+    Args:
+      partitions: how each gradient is split.
+    """
+    found = {}
+    for name, x in grads.items():
+        if split.sharing and CORE_DIMS[name][1:2] == "k":
+            heads_k = getattr(operands, name).shape[-2]
+            whole = jnp.zeros((*x.shape[:-2], heads_k, x.shape[-1]), x.dtype)
+            head = _key_head(heads_k, split, sizes)
+            x = jax.lax.dynamic_update_slice_in_dim(_vary_as(whole, x), x, head, x.ndim - 2)
+        own = {axis for entry in partitions[name] for axis in _entry(entry)}
+        others = tuple(axis for axis in split.axes if axis not in own)
+        found[name] = _sum(x, others) if others else x
+    return found
+
+
+def _key_head(heads_k: int, split: Split, sizes: Mapping[Any, int]) -> jax.Array:
+    """Which of the key/value heads that a device holds its query heads read, where they share."""
+    shards = _count(split.sharing, sizes)
+    return jax.lax.axis_index(split.sharing) * np.int32(heads_k) // np.int32(shards)
+
+
+def _offset(spec: AttentionSpec, operands: Operands, t: int) -> jax.Array:
+    """At which key position the first of all t queries stands, int32 [*batch]."""
+    offset = operands.query_offset
+    if offset is not None:
+        # So that a start can be added; nothing changes so far from the keys.
+        return jnp.clip(offset, -(2**30), 2**30)
+    last, valid = operands.key.shape[-3], t
+    if operands.key_value_seq_lengths is not None:
+        last = operands.key_value_seq_lengths
+    if operands.query_seq_lengths is not None:
+        valid = operands.query_seq_lengths
+    offset = last - valid if spec.causal_alignment == "bottom_right" else 0
+    batch = operands.query.shape[: -CORE_RANK["query"]]
+    batch = jnp.broadcast_shapes(batch, jnp.shape(offset) or batch)
+    return jnp.broadcast_to(jnp.asarray(offset, jnp.int32), batch)
+
+
+# --- while tracing ---
+
+
+def vary_alike(operands: Operands) -> Operands:
     """Casts every operand to vary over all manual axes over which some operand varies."""
     varying = [
         frozenset() if x is None else jax.typeof(x).manual_axis_type.varying for x in operands
@@ -51,90 +230,179 @@ def _vary_alike(operands: Operands) -> Operands:
     every = frozenset().union(*varying)
     return Operands(
         *(
-            jax.lax.pcast(x, tuple(sorted(every - have, key=str)), to="varying")
-            if x is not None and every - have
-            else x
+            _vary(tuple(sorted(every - have, key=str)), x) if x is not None and every - have else x
             for x, have in zip(operands, varying, strict=True)
         )
     )
 
 
-def _over_explicit_axes(
-    attend: Attend, operands: Operands, types: list[Any]
-) -> tuple[jax.Array, jax.Array]:
-    meshes = {t.sharding.mesh for t in types if not t.sharding.mesh.empty}
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vary(axes: Axes, x: jax.Array) -> jax.Array:
+    """x, cast to vary over manual axes. Its cotangent is summed over them, in float32 at least."""
+    return jax.lax.pcast(x, axes, to="varying")
+
+
+def _vary_fwd(axes, x):
+    return _vary(axes, x), None
+
+
+def _vary_bwd(axes, _, cotangent):
+    if not jnp.issubdtype(cotangent.dtype, jnp.floating):  # float0, of integer operands
+        return (None,)
+    return (_sum(cotangent, axes),)
+
+
+_vary.defvjp(_vary_fwd, _vary_bwd)
+
+
+def _vary_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _sum(x: jax.Array, axes: Axes) -> jax.Array:
+    """The sum over mesh axes, in float32 at least, rounded once."""
+    return jax.lax.psum(x.astype(softmax_dtype(x.dtype)), axes).astype(x.dtype)
+
+
+# A function of a call's options and operands that gives out [*batch, T, N, D], lse [*batch, N, T].
+Forward = Callable[[AttentionSpec, Operands], tuple[jax.Array, jax.Array]]
+# The same, and of out, lse, dout and dlse, that gives the operands' cotangents.
+Backward = Callable[..., Operands]
+
+
+def forward(fun: Forward, spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """fun(spec, operands), over the Explicit axes that shard the operands.
+
+    Returns:
+      out and lse; sharded as the query is in batch, T and N.
+    Raises:
+      ValueError: the arrays live on different meshes.
+    """
+    placement = _explicit(operands)
+    if placement is None:
+        return fun(spec, operands)
+    mesh, split = placement
+    *batch, t, n, h = operands.query.shape
+    shapes = {"out": (*batch, t, n, h), "lse": (*batch, n, t)}
+
+    def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        out, lse = fun(*localize(spec, _operands(arrays), split, mesh.shape))
+        return {"out": out, "lse": lse}
+
+    results = _over(mesh, split, local, _arrays(operands), shapes)
+    *batch, t, n, _ = _dim_axes(jax.typeof(operands.query))
+    as_query = Split(tuple(batch), t, n, ())
+    if as_query[:3] != split[:3]:
+        results = {
+            name: _reshard(x, mesh, as_query.partition(name, x.shape))
+            for name, x in results.items()
+        }
+    return results["out"], results["lse"]
+
+
+def backward(
+    fun: Backward,
+    spec: AttentionSpec,
+    operands: Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> Operands:
+    """fun(spec, operands, out, lse, dout, dlse), as `forward`; a cotangent lies as its operand."""
+    placement = _explicit(operands)
+    if placement is None:
+        return fun(spec, operands, out, lse, dout, dlse)
+    mesh, split = placement
+    rest = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    arrays = _arrays(operands)
+    shapes = {name: x.shape for name, x in arrays.items() if name in DIFFERENTIABLE}
+    partitions = {name: split.partition(name, shape) for name, shape in shapes.items()}
+
+    def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        here = _operands(arrays)
+        grads = fun(*localize(spec, here, split, mesh.shape), *(arrays[name] for name in rest))
+        found = {name: getattr(grads, name) for name in shapes}
+        return sum_gradients(found, here, split, mesh.shape, partitions)
+
+    grads = _over(mesh, split, local, {**arrays, **rest}, shapes)
+    return _operands(
+        {
+            name: _reshard(x, mesh, PartitionSpec(*jax.typeof(arrays[name]).sharding.spec))
+            for name, x in grads.items()
+        }
+    )
+
+
+def is_sharded(aval: Any) -> bool:
+    """Whether a dim is sharded over Explicit axes: a type names no other axes."""
+    return any(axis is not None for axis in aval.sharding.spec)
+
+
+def _explicit(operands: Operands) -> tuple[Any, Split] | None:
+    """The mesh and the split over its Explicit axes; None where they shard nothing."""
+    types = {name: jax.typeof(x) for name, x in _arrays(operands).items()}
+    if not any(map(is_sharded, types.values())):
+        return None
+    meshes = {t.sharding.mesh for t in types.values() if not t.sharding.mesh.empty}
     if len(meshes) != 1:
         raise ValueError(
             f"dot_product_attention: the arrays live on different meshes, {meshes}; "
             "jax.sharding.reshard them to one"
         )
     mesh = meshes.pop()
-    q_type = jax.typeof(operands.query)
-    *batch, t, n, _ = _partition(q_type)
-    if _shards(n, mesh) > 1 and operands.key.shape[-2] % _shards(n, mesh):
-        n_inside = None  # too few key/value heads for that many shards: gather the heads
-    else:
-        n_inside = n
-    inside = {
-        name: _operand_partition(name, x, batch, n_inside)
-        for name, x in zip(Operands._fields, operands, strict=True)
-        if x is not None
-    }
+    placed = [(name, t.shape, _dim_axes(t)) for name, t in types.items()]
+    return mesh, split_of(placed, mesh.shape, heads_k=operands.key.shape[-2])
+
+
+def _over(
+    mesh: Any,
+    split: Split,
+    local: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+    arrays: dict[str, jax.Array],
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, jax.Array]:
+    """local(arrays) over the split's axes; results of whole `shapes`."""
     # Not all Explicit axes: one over which an outer vmap is sharded may not be named here.
-    used = {axis for spec in inside.values() for axes in spec for axis in _axes(axes)}
-    placed = {
-        name: jax.sharding.reshard(getattr(operands, name), NamedSharding(mesh, spec))
-        for name, spec in inside.items()
-    }
+    used = set(split.axes)
+    inside = {name: split.partition(name, x.shape) for name, x in arrays.items()}
+    arrays = {name: _reshard(x, mesh, inside[name]) for name, x in arrays.items()}
+    if not used:
+        return local(arrays)
 
-    def local(placed: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        found = Operands(**{name: placed.get(name) for name in Operands._fields})
-        return attend(_vary_alike(found))
+    def varying(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        rest = {name: x for name, x in arrays.items() if name not in Operands._fields}
+        return local({**_arrays(vary_alike(_operands(arrays))), **rest})
 
-    if used:
-        local = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(inside,),
-            out_specs=(PartitionSpec(*batch, None, n_inside), PartitionSpec(*batch, n_inside)),
-            axis_names=used,
-        )
-    out, lse = local(placed)
-    if t is not None or n_inside != n:
-        out = jax.sharding.reshard(out, NamedSharding(mesh, PartitionSpec(*batch, t, n)))
-        lse = jax.sharding.reshard(lse, NamedSharding(mesh, PartitionSpec(*batch, n, t)))
-    return out, lse
+    return jax.shard_map(
+        varying,
+        mesh=mesh,
+        in_specs=(inside,),
+        out_specs={name: split.partition(name, shape) for name, shape in shapes.items()},
+        axis_names=used,
+    )(arrays)
 
 
-def _partition(aval: Any) -> list[Any]:
+def _arrays(operands: Operands) -> dict[str, jax.Array]:
+    return {name: x for name, x in zip(Operands._fields, operands, strict=True) if x is not None}
+
+
+def _operands(arrays: Mapping[str, jax.Array]) -> Operands:
+    return Operands(**{name: arrays.get(name) for name in Operands._fields})
+
+
+def _reshard(x: jax.Array, mesh: Any, partition: PartitionSpec) -> jax.Array:
+    return jax.sharding.reshard(x, NamedSharding(mesh, partition))
+
+
+def _dim_axes(aval: Any) -> list[Axes]:
+    """The mesh axes of each dim of a type."""
     spec = tuple(aval.sharding.spec)
-    return list(spec + (None,) * (aval.ndim - len(spec)))
+    spec += (None,) * (aval.ndim - len(spec))
+    return [_entry(entry) for entry in spec]
 
 
-def _shards(axes: Any, mesh: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in _axes(axes))
-
-
-def _axes(axes: Any) -> tuple[Any, ...]:
+def _entry(entry: Any) -> Axes:
     """The mesh axes in one entry of a PartitionSpec: None, an axis or a tuple of axes."""
-    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-
-
-def _operand_partition(name: str, x: Any, batch: list[Any], heads: Any) -> PartitionSpec:
-    """Batch and heads as the query's; of bias and mask only the dims that are not broadcast."""
-    if name == "sinks":
-        return PartitionSpec(heads)
-    core = {
-        "query": (None, heads, None),
-        "key": (None, heads, None),
-        "value": (None, heads, None),
-        "bias": (heads, None, None),
-        "mask": (heads, None, None),
-        "query_descale": (None, heads),
-        "key_descale": (None, heads),
-        "value_descale": (None, heads),
-    }.get(name, (None,) * CORE_RANK[name])
-    spec = (*batch, *core)
-    if name in ("bias", "mask"):
-        spec = tuple(None if size == 1 else axis for size, axis in zip(x.shape, spec, strict=True))
-    return PartitionSpec(*spec)
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)

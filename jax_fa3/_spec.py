@@ -72,25 +72,33 @@ def softmax_dtype(dtype: Any) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-# How many trailing dims of an operand are not batch dims.
-CORE_RANK = {
-    "query": 3,
-    "key": 3,
-    "value": 3,
-    "bias": 3,
-    "mask": 3,
-    "query_offset": 0,
-    "query_seq_lengths": 0,
-    "key_value_seq_lengths": 0,
-    "query_segment_ids": 1,
-    "key_value_segment_ids": 1,
-    "query_positions": 1,
-    "key_positions": 1,
-    "sinks": 1,
-    "query_descale": 2,
-    "key_descale": 2,
-    "value_descale": 2,
+# The dims of each operand after its batch dims, by their letters; of out and lse too, and of
+# their cotangents. i and j are blocks of T and of S (descales).
+CORE_DIMS = {
+    "query": "tnh",
+    "key": "skh",
+    "value": "skd",
+    "bias": "nts",
+    "mask": "nts",
+    "query_offset": "",
+    "query_seq_lengths": "",
+    "key_value_seq_lengths": "",
+    "query_segment_ids": "t",
+    "key_value_segment_ids": "s",
+    "query_positions": "t",
+    "key_positions": "s",
+    "sinks": "n",
+    "query_descale": "in",
+    "key_descale": "jk",
+    "value_descale": "jk",
+    "out": "tnd",
+    "lse": "nt",
+    "dout": "tnd",
+    "dlse": "nt",
 }
+
+# How many trailing dims of an array are not batch dims.
+CORE_RANK = {name: len(dims) for name, dims in CORE_DIMS.items()}
 
 # The operands that have a gradient.
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")

@@ -13,7 +13,7 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_fa3 import _arguments, _blockwise, _primitive, _support
+from jax_fa3 import _arguments, _blockwise, _primitive, _sharding, _support
 from jax_fa3._spec import DIFFERENTIABLE, AttentionSpec, Operands
 
 # Under one jit, layers of one shape are traced once, and an eager call is compiled.
@@ -27,17 +27,18 @@ def attend(
     """Attention by the implementation chosen.
 
     Args:
-      spec, operands: a checked call. Operands vary over the same manual mesh axes.
+      spec, operands: a checked call.
       choice: the implementation; it can take the call.
       names: checkpoint names of out and lse.
     Returns:
       out [*batch, T, N, D] in spec.out_dtype, lse [*batch, N, T], both with a gradient.
     """
+    operands = _sharding.vary_alike(operands)
     constants = jax.tree.map(jax.lax.stop_gradient, operands)
+    forward = _xla_forward
     if choice.implementation == "fa3":
-        out, lse = _primitive.forward(spec, constants, fallback=choice.fallback)
-    else:
-        out, lse = _xla_forward(spec, constants)
+        forward = functools.partial(_primitive.forward, fallback=choice.fallback)
+    out, lse = _sharding.forward(forward, spec, constants)
     out, lse = checkpoint_name(out, names[0]), checkpoint_name(lse, names[1])
     return _attach((spec, choice.implementation), operands, out, lse)
 
@@ -62,11 +63,8 @@ def _attach_fwd(static, operands, out, lse):
 
 def _attach_bwd(static, residuals, cotangents):
     spec, implementation = static
-    if implementation == "fa3":
-        grads = _primitive.backward(spec, *residuals, *cotangents)
-    else:
-        grads = _xla_backward(spec, *residuals, *cotangents)
-    return grads, None, None
+    backward = _primitive.backward if implementation == "fa3" else _xla_backward
+    return _sharding.backward(backward, spec, *residuals, *cotangents), None, None
 
 
 _attach.defvjp(_attach_fwd, _attach_bwd)

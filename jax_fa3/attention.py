@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3 import _arguments, _native, _sharding, _support, _vjp
+from jax_fa3 import _arguments, _native, _support, _vjp
 from jax_fa3._arguments import Parsed
 from jax_fa3._spec import AttentionSpec, Operands
 
@@ -159,10 +159,7 @@ def run(parsed: Parsed, *, packed: bool = False) -> tuple[jax.Array, jax.Array]:
     if choice.reasons:
         _support.log_once(choice.reasons)
 
-    def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
-        return _vjp.attend(parsed.spec, operands, choice, parsed.names)
-
-    out, lse = _sharding.place(attend, parsed.operands)
+    out, lse = _vjp.attend(parsed.spec, parsed.operands, choice, parsed.names)
     lse = jnp.swapaxes(lse, -1, -2)
     if lse.shape != parsed.leading:  # a query of lower rank, as jax.nn takes it
         out, lse = out.reshape(*parsed.leading, out.shape[-1]), lse.reshape(parsed.leading)

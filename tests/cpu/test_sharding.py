@@ -1,17 +1,18 @@
 """Eight devices: Manual, Auto and Explicit mesh axes, values and gradients of the dense oracle.
 
-The compiled program is read too: which collectives it has, and what the kernel gets to see. A test
-that is expected to fail (xfail, strict) names a placement rule that is still missing.
+The compiled program is read too: which collectives it has, and what the kernel gets to see.
 """
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
 import collections
+import contextlib
 import functools
 import importlib
 import re
 
 import helpers
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fa3
-from jax_fa3 import _native, _primitive
+from jax_fa3 import _native, _partitioning, _primitive
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -350,15 +351,7 @@ def test_gradients_of_fewer_key_heads_than_shards_are_sums_over_the_shards(case,
         (AxisType.Auto, True),
         (AxisType.Auto, False),
         (AxisType.Explicit, False),
-        pytest.param(
-            AxisType.Explicit,
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=ValueError,
-                reason="a shard_map over Explicit axes inside one with check_vma does not lower",
-            ),
-        ),
+        (AxisType.Explicit, True),
     ],
     ids=["Auto", "Auto, no check", "Explicit, no check", "Explicit"],
 )
@@ -501,15 +494,25 @@ def kernels_on_the_cpu(monkeypatch):
     fake = helpers.fake_extension()
     monkeypatch.setattr(_native, "_load", lambda: (fake, ""))
     monkeypatch.setattr(_native, "visible_gpus", list)
+    with lowered_on_the_cpu_by(_primitive._lower_forward_cuda, _primitive._lower_backward_cuda):
+        yield
+
+
+@contextlib.contextmanager
+def lowered_on_the_cpu_by(forward, backward):
+    """Other lowering rules of the two primitives for the CPU."""
     rules = {
-        _primitive.fwd_p: (_primitive._lower_forward_cuda, _primitive._lower_forward),
-        _primitive.bwd_p: (_primitive._lower_backward_cuda, _primitive._lower_xla_backward),
+        _primitive.fwd_p: (forward, _primitive._lower_forward),
+        _primitive.bwd_p: (backward, _primitive._lower_xla_backward),
     }
-    for primitive, (kernel, _) in rules.items():
-        mlir.register_lowering(primitive, kernel, platform="cpu")
-    yield
-    for primitive, (_, default) in rules.items():
-        mlir.register_lowering(primitive, default, platform="cpu")
+    for primitive, (rule, _) in rules.items():
+        mlir.register_lowering(primitive, rule, platform="cpu")
+    try:
+        yield
+    finally:
+        for primitive, (_, default) in rules.items():
+            mlir.register_lowering(primitive, default, platform="cpu")
+        jax.clear_caches()
 
 
 def seen_by_kernels(hlo):
@@ -518,58 +521,34 @@ def seen_by_kernels(hlo):
     return [re.findall(r"bf16\[([\d,]+)\]", line)[0] for line in lines]
 
 
-def missing(reason):
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-
-
 BOTH, QUERIES, HEADS = P("data", None, "heads"), P(None, "data"), P(None, None, "data")
-OPAQUE = "XLA gathers the operands of a custom call that it does not know how to partition"
-# mesh kind, specs of query and of key and value, what a kernel sees of the query's 4 x 8 x 4 x 64,
+# Mesh kind, specs of query and of key and value, what a kernel sees of the query's 4 x 8 x 4 x 64,
 # and the collectives that it needs.
-KERNEL_PLACEMENTS = [
-    pytest.param(AxisType.Explicit, BOTH, BOTH, "1,8,2,64", set(), id="Explicit"),
-    pytest.param(AxisType.Auto, BOTH, BOTH, "1,8,2,64", set(), id="Auto", marks=missing(OPAQUE)),
-    pytest.param(
-        AxisType.Explicit,
-        QUERIES,
-        P(),
-        "4,2,4,64",
-        {"all-reduce"},
-        id="query sequence, Explicit",
-        marks=missing("_sharding gathers a sharded query sequence"),
-    ),
-    pytest.param(
-        AxisType.Auto,
-        QUERIES,
-        P(),
-        "4,2,4,64",
-        {"all-reduce"},
-        id="query sequence, Auto",
-        marks=missing(OPAQUE),
-    ),
-    pytest.param(
-        AxisType.Explicit,
-        HEADS,
-        P(),
-        "4,8,1,64",
-        {"all-reduce"},
-        id="fewer key heads than shards, Explicit",
-        marks=missing("_sharding gathers query heads that key heads do not divide into"),
-    ),
-    pytest.param(
+SUMS = {"all-reduce"}  # of the gradients of keys that several devices' queries see
+KERNEL_PLACEMENTS = {
+    "Explicit": (AxisType.Explicit, BOTH, BOTH, "1,8,2,64", set()),
+    "Auto": (AxisType.Auto, BOTH, BOTH, "1,8,2,64", set()),
+    "query sequence, Explicit": (AxisType.Explicit, QUERIES, P(), "4,2,4,64", SUMS),
+    "query sequence, Auto": (AxisType.Auto, QUERIES, P(), "4,2,4,64", SUMS),
+    "fewer key heads than shards, Explicit": (AxisType.Explicit, HEADS, P(), "4,8,1,64", SUMS),
+    # Two heads over four devices: each gradient is summed over two, and the heads are exchanged.
+    "fewer key heads than shards, Auto": (
         AxisType.Auto,
         HEADS,
         P(),
         "4,8,1,64",
-        {"all-reduce"},
-        id="fewer key heads than shards, Auto",
-        marks=missing(OPAQUE),
+        {"all-reduce", "all-gather"},
     ),
-]
+    "keys alone over heads, Auto": (AxisType.Auto, P(), P(None, None, "heads"), "4,8,2,64", None),
+}
 
 
 @pytest.mark.usefixtures("kernels_on_the_cpu")
-@pytest.mark.parametrize(("kind", "q_spec", "kv_spec", "local", "allowed"), KERNEL_PLACEMENTS)
+@pytest.mark.parametrize(
+    ("kind", "q_spec", "kv_spec", "local", "allowed"),
+    KERNEL_PLACEMENTS.values(),
+    ids=KERNEL_PLACEMENTS,
+)
 def test_the_kernels_work_on_their_shard_and_nothing_is_replicated(
     kind, q_spec, kv_spec, local, allowed
 ):
@@ -578,7 +557,7 @@ def test_the_kernels_work_on_their_shard_and_nothing_is_replicated(
         sharded = with_cotangents(operands(CASES["primitive"]), mesh, q_spec, kv_spec)
         hlo = jax.jit(lambda *a: with_pullback(*a)).lower(*sharded).compile().as_text()
     assert seen_by_kernels(hlo) == [local, local]
-    assert set(moves_between_devices(hlo)) <= allowed
+    assert allowed is None or set(moves_between_devices(hlo)) <= allowed
 
 
 @pytest.mark.usefixtures("kernels_on_the_cpu")
@@ -592,17 +571,7 @@ def test_the_kernels_inside_shard_map_work_on_their_shard_without_a_collective()
 
 
 @pytest.mark.usefixtures("kernels_on_the_cpu")
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(AxisType.Auto, id="Auto", marks=missing(OPAQUE)),
-        pytest.param(
-            AxisType.Explicit,
-            id="Explicit",
-            marks=missing("the primitive names the sharding of a mapped axis and does not use it"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_a_vmap_over_a_mesh_axis_gives_the_kernels_the_local_members(kind):
     mesh = mesh_of(4, 2, names=("data", "heads"), kind=kind)
     args = tuple(normal((4, *x.shape), x.dtype) for x in operands(CASES["primitive"]))
@@ -615,7 +584,6 @@ def test_a_vmap_over_a_mesh_axis_gives_the_kernels_the_local_members(kind):
 
 
 @pytest.mark.usefixtures("kernels_on_the_cpu")
-@missing(OPAQUE)
 def test_an_auto_axis_beside_manual_ones_shards_the_kernels_heads():
     mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
     sharded = placed(operands(CASES["primitive"]), mesh, BOTH, BOTH)
@@ -629,3 +597,147 @@ def test_an_auto_axis_beside_manual_ones_shards_the_kernels_heads():
     hlo = jax.jit(f).lower(*sharded).compile().as_text()
     assert seen_by_kernels(hlo) == ["1,8,2,64"]
     assert not moves_between_devices(hlo)
+
+
+# --- Auto axes: the values of what each device does of a kernel's work ---------------------------
+
+
+@pytest.fixture
+def split_on_the_cpu():
+    """The primitives are split as their kernels are on GPUs; each part is the xla path's."""
+    seen = []
+
+    def rule(call, default):
+        def lower(ctx, *operands, **params):
+            if not _partitioning.is_wanted(ctx):
+                seen.append(ctx.avals_in[0].shape)
+                return default(ctx, *operands, **params)
+            return _partitioning.lower(ctx, operands, call(**params))
+
+        return lower
+
+    with lowered_on_the_cpu_by(
+        rule(_primitive._forward_call, _primitive._lower_forward),
+        rule(_primitive._backward_call, _primitive._lower_xla_backward),
+    ):
+        yield seen
+
+
+TENSOR, TWO = P(None, None, ("data", "heads")), P(None, None, "heads")
+# Specs of query and of key and value, heads, and what a device sees of a 4 x 8 x N x 64 query.
+SPLIT_CASES = {
+    "batch and heads": (BOTH, BOTH, (4, 2), (1, 8, 2, 64)),
+    "one head a device": (TENSOR, TENSOR, (8, 8), (4, 8, 1, 64)),
+    "four key heads, eight devices": (TENSOR, P(), (8, 4), (4, 8, 1, 64)),
+    "two key heads, eight devices": (TENSOR, P(None, None, "heads"), (8, 2), (4, 8, 1, 64)),
+    "one key head": (TENSOR, P(), (8, 1), (4, 8, 1, 64)),
+    "key heads that two devices would have to halve": (TWO, P(), (6, 3), (4, 8, 6, 64)),
+    "query sequence": (P(None, "data"), P(), (4, 2), (4, 2, 4, 64)),
+    "query sequence and heads": (P(None, "data", "heads"), P(), (4, 1), (4, 2, 2, 64)),
+    "query sequence over both axes": (P(None, ("heads", "data")), P(), (2, 2), (4, 1, 2, 64)),
+    "both sequences": (P(None, "data"), P(None, "data"), (4, 2), (4, 2, 4, 64)),
+    "key sequence": (P("data"), P(None, "data"), (4, 2), (1, 8, 4, 64)),
+    "head dim": (P(None, None, None, "data"), P(None, None, None, "data"), (4, 2), (4, 8, 4, 64)),
+    "keys alone over heads": (P(), P(None, None, "heads"), (4, 2), (4, 8, 2, 64)),
+    "axes in the other order": (P(("heads", "data")), P("data"), (4, 2), (1, 8, 4, 64)),
+}
+
+
+@pytest.mark.parametrize(
+    ("q_spec", "kv_spec", "heads", "local"), SPLIT_CASES.values(), ids=SPLIT_CASES
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "causal_alignment": "bottom_right"},
+        {"is_causal": True, "query_offset": np.asarray([-2, 0, 3, 40], np.int32)},
+    ],
+    ids=["full", "bottom right", "offset"],
+)
+def test_the_parts_of_a_split_kernel_give_the_values_of_the_whole(
+    split_on_the_cpu, q_spec, kv_spec, heads, local, options
+):
+    n, k = heads
+    batch = 8 if q_spec == P(("heads", "data")) else 4
+    if batch == 8 and "query_offset" in options:
+        options = {**options, "query_offset": np.arange(-3, 5, dtype=np.int32)}
+    args = qkv(batch=(batch,), t=8, s=16, n=n, k=k, h=64, dtype=jnp.bfloat16)
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+    sharded = placed(args, mesh, q_spec, kv_spec)
+    f = functools.partial(attend, **options)
+    got = value_and_grads(f, loss(f), sharded)
+    dense = functools.partial(exact, **options)
+    right = jax.jit(lambda *a: (dense(*a), jax.grad(loss(dense), (0, 1, 2))(*a)))(*args)
+    values, grads = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), got)
+    assert_close(values, right[0], jnp.bfloat16)
+    assert_close(grads, right[1], jnp.bfloat16, scale=6)
+    assert set(split_on_the_cpu) == {local}, "not what the devices were to do"
+
+
+def test_a_split_kernel_under_vmap_and_in_a_mesh_that_is_manual_in_part(split_on_the_cpu):
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+    args = operands(CASES["primitive"])
+    sharded = placed(args, mesh, BOTH, BOTH)
+    f = jax.shard_map(
+        attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
+    )
+    check(value_and_grads(f, loss(f), sharded), args, CASES["primitive"])
+    assert set(split_on_the_cpu) == {(1, 8, 2, 64)}
+    split_on_the_cpu.clear()
+    queries = jnp.stack([args[0], -args[0]])  # mapped; key and value are not
+    over_queries = jax.vmap(attend, in_axes=(0, None, None))
+    sharded = placed((queries, *args[1:]), mesh, P(None, "data", None, "heads"), BOTH)
+    right = jax.vmap(exact, in_axes=(0, None, None))(queries, *args[1:])
+    assert_close(jax.tree.map(np.asarray, jax.jit(over_queries)(*sharded)), right, jnp.bfloat16)
+    assert set(split_on_the_cpu) == {(2, 1, 8, 2, 64)}
+
+
+def test_gspmd_splits_a_kernel_too(split_on_the_cpu):
+    """XLA's older partitioner, still behind a flag, asks for shardings instead of a rule."""
+    if "jax_use_shardy_partitioner" not in jax.config.values:
+        pytest.skip("this JAX has Shardy alone")
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
+        args = operands(CASES["primitive"])
+        got = value_and_grads(attend, loss(attend), placed(args, mesh, BOTH, BOTH))
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+    check(got, args, CASES["primitive"])
+    assert set(split_on_the_cpu) == {(1, 8, 2, 64)}
+
+
+@pytest.mark.parametrize("sizes", [(8,), (2, 4), (3, 4), (4, 3), (2, 3, 2), (5, 2)], ids=str)
+def test_a_sharding_of_any_mesh_is_told_in_prime_axes(sizes):
+    mesh = jax.sharding.AbstractMesh(sizes, tuple("xyz")[: len(sizes)])
+    names = mesh.axis_names
+    for spec in (P(names), P(names[::-1]), P(None, *names), P(names[-1]), P(None, names[0])):
+        wanted = NamedSharding(mesh, spec)._to_xla_hlo_sharding(4)
+        tiles = _partitioning._tiles(NamedSharding(mesh, spec), 4)
+        found = []
+        for primes in _partitioning._factorizations(mesh.size):
+            prime_mesh = _partitioning._mesh(primes)
+            axes = _partitioning._axes(tiles, 4, prime_mesh)
+            if axes is not None:
+                found.append(NamedSharding(prime_mesh, P(*axes))._to_xla_hlo_sharding(4))
+        assert found
+        for hlo in found:
+            assert hlo.tile_assignment_dimensions() == wanted.tile_assignment_dimensions()
+            assert hlo.tile_assignment_devices() == wanted.tile_assignment_devices()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_an_exported_program_holds_the_bare_kernel_and_a_warning(caplog):
+    """A call that XLA asks this process to split could not be saved."""
+    mesh = mesh_of(4, names=("data",), kind=AxisType.Auto)
+    sharded = placed(operands(CASES["primitive"]), mesh, P("data"), P("data"))
+    with caplog.at_level("WARNING", logger="absl"):
+        exported = jax.export.export(
+            jax.jit(attend),
+            platforms=["cuda"],
+            disabled_checks=jax_fa3.export_disabled_checks(),
+        )(*sharded)
+    assert helpers.kernel_calls(exported.mlir_module()) == 1
+    assert "CustomSPMDPartitioning" not in exported.mlir_module()
+    assert "jax.shard_map" in caplog.text
