@@ -5,6 +5,7 @@
     python benchmarks/attention.py --mode=length --output=benchmarks/results/memory.json
     python benchmarks/attention.py --mode=shapes --output=benchmarks/results/shapes.json
     python benchmarks/attention.py --mode=launch --output=benchmarks/results/launch.json
+    python benchmarks/attention.py --mode=parallel --output=benchmarks/results/parallel.json
     python benchmarks/attention.py --rows='128-full-*' --config=FwdBf16Hdim128Full --rounds=5
     python benchmarks/attention.py --smoke --output=/tmp/smoke.json       # any machine, seconds
 
@@ -19,6 +20,9 @@ mode shapes  forward beyond the grid: one long sequence, grouped heads, an odd l
              than the GPU has multiprocessors, many heads, lengths that differ.
 mode launch  what one call inside a jitted loop takes at sequences of 128 to 512, batch 1: launch
              and kernel, without the host.
+mode parallel  forward and backward in one jitted function of a grouped causal layer, on one GPU and
+             on two of one host: tensor parallel (heads) and data parallel (batch), each through
+             shard_map and through an Auto mesh. With fewer than two devices it measures nothing.
 
 How it measures is said in harness.py.
 """
@@ -35,12 +39,14 @@ import jax.numpy as jnp
 import peers as implementations
 from absl import app, flags
 from harness import Row, Unavailable
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from peers import GRID_HIDDEN, GRID_SEQLENS, GRID_TOKENS, PEERS
 
 _MODE = flags.DEFINE_enum(
     "mode",
     "grid",
-    ["grid", "backward", "length", "shapes", "launch"],
+    ["grid", "backward", "length", "shapes", "launch", "parallel"],
     "What to measure; see the module.",
 )
 _ROWS = flags.DEFINE_list(
@@ -134,6 +140,14 @@ def launch_rows(head_dims=(128, 64, 256), seqlens=(128, 256, 512), heads=16):
     ]
 
 
+def parallel_rows(seqlens=(8192, 1024), tokens=GRID_TOKENS, heads=16, heads_k=4, head_dim=128):
+    """A grouped causal layer: so long that the kernels are all, and so short that they are not."""
+    return [
+        Row(head_dim, "causal", seqlen, tokens // seqlen, heads, heads_k=heads_k)
+        for seqlen in seqlens
+    ]
+
+
 def rows_of(mode, smoke):
     """The rows of a mode; tiny ones for a smoke run."""
     if mode in ("grid", "backward"):
@@ -142,6 +156,8 @@ def rows_of(mode, smoke):
         return length_rows(128, 256, 2, 64, 512) if smoke else length_rows(last=_MAX_SEQLEN.value)
     if mode == "shapes":
         return shape_rows((64,), 128, shrink=64) if smoke else shape_rows()
+    if mode == "parallel":
+        return parallel_rows((64, 32), 128, 4, 2, 64) if smoke else parallel_rows()
     return launch_rows((64,), (16, 32), 2) if smoke else launch_rows()
 
 
@@ -158,6 +174,8 @@ def rows_not_for(module, config, rows):
 
 def default_peers():
     """On a GPU all but jax_fa3's xla path, which is no competitor there; elsewhere what runs."""
+    if _MODE.value == "parallel":  # compares ways of running one
+        return ["fa3" if jax.default_backend() == "gpu" else "xla"]
     if jax.default_backend() != "gpu":
         return ["xla", "jnp"]
     if _MODE.value == "backward":
@@ -195,14 +213,19 @@ def _backward_plan(row):
 
 
 def _report_of(measured):
-    """Names of a measured row's implementations that failed their check."""
-    passes = {"": measured, " step": measured.get("step", {"peers": {}})}
+    """Names of a measured row's implementations, or ways, that failed their check."""
+    passes = {"": _entries(measured), " step": measured.get("step", {"peers": {}})["peers"]}
     return [
-        f"{measured['name']} {peer}{which}"
-        for which, part in passes.items()
-        for peer, entry in part["peers"].items()
+        f"{measured['name']} {name}{which}"
+        for which, entries in passes.items()
+        for name, entry in entries.items()
         if not entry.get("ok", True)
     ]
+
+
+def _entries(measured):
+    """What a measured row compares: implementations, in mode parallel ways of running one."""
+    return measured["ways"] if "ways" in measured else measured["peers"]
 
 
 def _measure_in_chunks(rows, results, yardstick, jobs_of, measure):
@@ -304,12 +327,12 @@ def _row_text(measured):
 
 def _speeds_text(measured):
     parts = []
-    for peer, entry in measured["peers"].items():
+    for peer, entry in _entries(measured).items():
         if "tflops" in entry:
             parts.append(f"{peer} {entry['tflops']:.3g}")
         elif "skipped" not in entry:
             parts.append(f"{peer} WRONG ({entry['relative_error']:.1e})")
-        elif _MODE.value == "shapes":  # a peer may refuse a shape: worth a word
+        elif _MODE.value in ("shapes", "parallel"):  # may refuse a shape: worth a word
             parts.append(f"{peer} no ({entry['skipped'][:60]})")
     if "flash_attention_3" in measured:
         parts.append(f"FA3~ {measured['flash_attention_3']['tflops']:.0f}")
@@ -518,6 +541,78 @@ def measure_launch(rows, peers, results, yardstick, clock):
     return failed
 
 
+# What mode parallel shards over two devices, and through what.
+_SPLITS = {"heads": P(None, None, "devices"), "batch": P("devices")}
+WAYS = ("one", "heads shard_map", "heads auto", "batch shard_map", "batch auto")
+
+
+def two_devices():
+    """A mesh of the first two devices of this host."""
+    devices = jax.local_devices()[:2]
+    return jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def _compile_way(peer, row, way):
+    """(compiled training step, the sharding of all its inputs) of one of WAYS."""
+    attention, sharding = _attention(peer, row), SingleDeviceSharding(jax.local_devices()[0])
+    if way != "one":
+        split, through = way.split()
+        mesh, spec = two_devices(), _SPLITS[split]
+        sharding = NamedSharding(mesh, spec)
+        if through == "shard_map":
+            attention = jax.shard_map(attention, mesh=mesh, in_specs=spec, out_specs=spec)
+    types = harness.input_types(row)
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in (*types, types[0])]
+    return jax.jit(training_step(attention)).lower(*types).compile(), sharding
+
+
+def measure_parallel(rows, peers, results, yardstick, clock):
+    """A training step on one device and on two. Returns the names that failed their check."""
+    (peer,) = peers
+
+    def jobs_of(row):
+        jobs = {"reference": functools.partial(harness.compile_reference_gradients, row)}
+        return jobs | {way: functools.partial(_compile_way, peer, row, way) for way in WAYS}
+
+    def measure(row, compiled):
+        reference = compiled.pop("reference")
+        return measure_parallel_row(row, compiled, reference, clock)
+
+    return _measure_in_chunks(rows, results, yardstick, jobs_of, measure)
+
+
+def measure_parallel_row(row, compiled, reference, clock):
+    """Checks and times one row; returns its entry of the results file.
+
+    `compiled` is {way: what _compile_way returns, or why not}.
+    """
+    first = jax.local_devices()[0]
+    dout = harness.random_inputs(jax.random.key(row.seqlen), row)[0]
+    inputs = (*harness.random_inputs(jax.random.key(row.seqlen + row.head_dim), row), dout)
+    expected = _expected(row, reference, inputs)
+
+    def prepare(built):
+        run, sharding = built
+        placed = jax.device_put(inputs, sharding)
+        gradients = jax.device_put(run(*placed)[1:], first)  # beside the reference's
+        return functools.partial(run, *placed), harness.check_gradients(gradients, expected)
+
+    entries, runs = _check_gradients_of(compiled, prepare)
+    start = time.monotonic()
+    harness.time_all(row, entries, runs, (), passes=1 + harness.BACKWARD_PASSES)
+    measured = {
+        **row.fields(),
+        "devices": 2,
+        "ways": entries,
+        "sm_clock_mhz": clock.median_since(start),  # of the first device
+    }
+    if alone := entries["one"].get("seconds"):
+        measured["over_one"] = {
+            way: alone / entry["seconds"] for way, entry in entries.items() if "seconds" in entry
+        }
+    return measured
+
+
 def with_gradient(attention):
     """(query, key, value) -> their gradients, for the cotangent that equals the query.
 
@@ -678,6 +773,7 @@ MEASURE = {
     "length": measure_length,
     "shapes": measure_forward,
     "launch": measure_launch,
+    "parallel": measure_parallel,
 }
 
 
@@ -689,6 +785,12 @@ def main(argv):
     unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
         raise app.UsageError(f"--peers={','.join(unknown)}: expected some of {', '.join(PEERS)}")
+    if mode == "parallel" and len(peers) > 1:
+        raise app.UsageError(f"--peers={','.join(peers)}: mode parallel takes one")
+    if mode == "parallel" and jax.local_device_count() < 2:
+        count = jax.local_device_count()
+        print(f"Mode parallel needs two devices of one host and sees {count}: nothing is measured.")
+        return 0
     rows = [
         row
         for row in rows_of(mode, harness.SMOKE.value)
@@ -697,7 +799,7 @@ def main(argv):
     if not rows:
         raise app.UsageError(f"--rows={','.join(_ROWS.value)} names no row")
     if _CONFIG.value:
-        if mode in ("backward", "length"):
+        if mode in ("backward", "length", "parallel"):
             raise app.UsageError(f"--config forces a forward kernel; mode {mode} has gradients")
         try:
             why = rows_not_for(implementations.extension(), _CONFIG.value, rows)

@@ -308,12 +308,15 @@ def reference_attention(query, key, value, *, causal, positions=None):
 
 
 def reference_gradients(query, key, value, dout, *, causal):
-    """Gradients of dense attention in float32, written out, one head at a time; equal heads.
+    """Gradients of dense attention in float32, written out, one head at a time.
 
-    Args: query, key, value, dout: [B, T, N, H].
-    Returns: dq, dk, dv, float32, [B, T, N, H].
+    Args:
+      query, dout: [B, T, N, H].
+      key, value: [B, T, K, H]; query head n reads key head n // (N // K).
+    Returns: dq, dk, dv, float32, in the shapes of query, key and value.
     """
     batch, seqlen, heads, head_dim = query.shape
+    heads_k = key.shape[2]
     matmul = functools.partial(jnp.matmul, precision="highest")
 
     def one_head(inputs):
@@ -330,13 +333,16 @@ def reference_gradients(query, key, value, dout, *, causal):
         return matmul(dscores, k), matmul(dscores.T, q), matmul(probs.T, do)
 
     def by_head(x):
+        x = jnp.repeat(x, heads // x.shape[2], axis=2)
         return jnp.moveaxis(x, 2, 1).reshape(batch * heads, seqlen, head_dim)
 
     at_once = max(1, min(batch * heads, 2**27 // seqlen**2))
     grads = jax.lax.map(
         one_head, tuple(by_head(x) for x in (query, key, value, dout)), batch_size=at_once
     )
-    return [jnp.moveaxis(x.reshape(batch, heads, seqlen, head_dim), 1, 2) for x in grads]
+    dq, dk, dv = (jnp.moveaxis(x.reshape(batch, heads, seqlen, head_dim), 1, 2) for x in grads)
+    group = (batch, seqlen, heads_k, heads // heads_k, head_dim)
+    return [dq, *(x.reshape(group).sum(axis=3) for x in (dk, dv))]
 
 
 def check_gradients(gradients, reference):

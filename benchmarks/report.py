@@ -15,6 +15,7 @@ library is used, and no figure is typed by hand: the same results always give th
                           forward_backward
                           shapes              shapes.json      attention.py --mode=shapes
                           launch              launch.json      attention.py --mode=launch
+                          parallel            parallel.json    attention.py --mode=parallel
                           memory              memory.json      attention.py --mode=length
                           cpu                 cpu_xla.json     cpu_xla.py
     docs/ablation.md      ablation_paper,     ablation.json    ablation.py
@@ -69,6 +70,7 @@ DOCUMENTS = {
         "forward_backward",
         "shapes",
         "launch",
+        "parallel",
         "memory",
         "cpu",
     ),
@@ -408,6 +410,33 @@ def launch_block(results):
     return (
         f"Time of one call inside a jitted loop of {first['calls']}, batch {first['batch']}, "
         f"{first['heads']} heads, bfloat16; lower is better.\n\n"
+        f"{markdown_table(header, table)}\n\n{provenance(results)}"
+    )
+
+
+WAY_NAMES = {
+    "one": "one GPU",
+    "heads shard_map": "heads, shard_map",
+    "heads auto": "heads, Auto mesh",
+    "batch shard_map": "batch, shard_map",
+    "batch auto": "batch, Auto mesh",
+}
+
+
+def parallel_block(results):
+    """A training step's time on one GPU and on two."""
+    table = []
+    for row in results["rows"]:
+        for way, name in WAY_NAMES.items():
+            entry = row["ways"].get(way, {})
+            seconds, ratio = entry.get("seconds"), row.get("over_one", {}).get(way)
+            cells = [_problem_text(row), f"{row['head_dim']} {row['mask']}", name]
+            cells.append(f"{three_digits(1e3 * seconds)} ms" if seconds else "–")
+            table.append([*cells, three_digits(entry.get("tflops")), _ratio_text(ratio)])
+    header = ["batch × queries, heads", "head dim, mask", "split", "time", "TFLOP/s", "one / this"]
+    return (
+        "Forward and backward in one jitted function, bfloat16, on one GPU and on two of one host: "
+        "time of a call, TFLOP/s of the two together, and one GPU's time over this one.\n\n"
         f"{markdown_table(header, table)}\n\n{provenance(results)}"
     )
 
@@ -820,7 +849,7 @@ def forward_backward_figure(results):
 def figure_of(results):
     """A drawing of any results file of attention.py, or None where there is nothing to draw.
 
-    Modes shapes and launch have none: their problems lie on no axis.
+    Modes shapes, launch and parallel have none: their problems lie on no axis.
     """
     figures = {
         "attention_grid": forward_figure,
@@ -996,6 +1025,12 @@ def generate(repository):
         launch_block(launch)
         if launch and launch["rows"]
         else _not_measured("launch.json", "benchmarks/attention.py --mode=launch")
+    )
+    parallel = load(repository, "parallel.json", "attention_parallel")
+    blocks["parallel"] = (
+        parallel_block(parallel)
+        if parallel and parallel["rows"]
+        else _not_measured("parallel.json", "benchmarks/attention.py --mode=parallel")
     )
     ablation = load(repository, "ablation.json", "ablation")
     if ablation and ablation["rows"]:

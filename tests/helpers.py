@@ -7,6 +7,7 @@ with `jax_fa3.reference`, which it checks.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import os
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 # Another seed draws other numbers for every test; the same seed repeats them bit for bit.
 SESSION_SEED = int(os.environ.get("JAX_FA3_TEST_SEED", "0"))
@@ -505,3 +507,33 @@ def offload_policy(*names, saved=()):
         offload_src="device",
         offload_dst="pinned_host",
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs over several devices.
+# ---------------------------------------------------------------------------------------------
+
+
+def placed(args, mesh, q_spec, kv_spec):
+    """query, key and value on a mesh."""
+    specs = (q_spec, kv_spec, kv_spec)
+    return tuple(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs))
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def moves_between_devices(hlo: str) -> dict[str, int]:
+    """How often a compiled program runs each collective that moves numbers.
+
+    Not counted: agreement on flags (pred[]), which the xla path of JAX 0.10 has in bfloat16.
+    """
+    found = re.findall(rf"(?m)^.*? = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
+    moved = [name for types, name in found if re.search(r"\b(?!pred\[\])\w+\[", types)]
+    return dict(collections.Counter(moved))
+
+
+def seen_by_kernels(hlo: str) -> list[str]:
+    """Shape of out, or of the query's gradient, in each kernel call of a compiled program."""
+    lines = [line for line in hlo.splitlines() if 'custom_call_target="jax_fa3_' in line]
+    return [re.findall(r"bf16\[([\d,]+)\]", line)[0] for line in lines]

@@ -57,12 +57,13 @@ def report(tree_hashes):
     return importlib.import_module("report")
 
 
-def run_benchmark(tmp_path, *flags, script="attention.py"):
-    """Runs the script as a user would, on the CPU; returns (process, results)."""
+def run_benchmark(tmp_path, *flags, script="attention.py", devices=1):
+    """Runs the script as a user would, on so many CPU devices; returns (process, results)."""
     output = tmp_path / "results.json"
     command = [sys.executable, str(BENCHMARKS / script), "--smoke", f"--output={output}"]
     command += ["--min_seconds=0.001", "--rounds=2", "--compile_threads=2", *flags]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # as _standard_promotion
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     return process, json.loads(output.read_text()) if output.exists() else {}
@@ -171,8 +172,9 @@ def test_flash_attention_3_of_both_passes_lies_between_its_ratios(attention, pee
     assert attention._flash_attention_3_together(row, {}, entries(1e-3)) is None
 
 
-def test_the_reference_gradients_are_those_of_the_reference(harness):
-    row = harness.Row(16, "causal", 96, 2, 3)
+@pytest.mark.parametrize("heads_k", [6, 2, 1])
+def test_the_reference_gradients_are_those_of_the_reference(harness, heads_k):
+    row = harness.Row(16, "causal", 96, 2, 6, heads_k=heads_k)
     inputs = harness.random_inputs(jax.random.key(0), row)
     dout = harness.random_inputs(jax.random.key(1), row)[0]
     attention = functools.partial(harness.reference_attention, causal=True)
@@ -250,6 +252,86 @@ def test_mode_launch_times_a_call_inside_a_loop(tmp_path):
     for row in results["rows"]:
         assert row["batch"] == 1
         assert all(entry["seconds"] > 0 for entry in row["peers"].values())
+
+
+def test_mode_parallel_times_one_device_and_both_splits_of_two(tmp_path, attention):
+    process, results = run_benchmark(tmp_path, "--mode=parallel", devices=2)
+
+    assert process.returncode == 0, process.stderr
+    assert results["kind"] == "attention_parallel_smoke"
+    assert results["settings"]["peers"] == ["xla"]
+    assert [row["name"] for row in results["rows"]] == ["64-causal-64", "64-causal-32"]
+    for row in results["rows"]:
+        assert (row["heads"], row["heads_k"], row["devices"]) == (4, 2, 2)
+        assert tuple(row["ways"]) == tuple(row["over_one"]) == attention.WAYS
+        for way, entry in row["ways"].items():
+            assert entry["ok"], (way, entry)
+            assert len(entry["rounds"]) == 2
+            # Both devices' work counts, whichever way it is split.
+            assert entry["tflops"] == pytest.approx(
+                3.5 * row["flops"] / entry["seconds"] / 1e12, rel=1e-3
+            )
+            assert row["over_one"][way] == pytest.approx(
+                row["ways"]["one"]["seconds"] / entry["seconds"], rel=1e-3
+            )
+
+
+def test_mode_parallel_needs_two_devices_and_one_peer(tmp_path):
+    process, results = run_benchmark(tmp_path, "--mode=parallel")
+    assert process.returncode == 0, process.stderr
+    assert "needs two devices of one host and sees 1: nothing is measured" in process.stdout
+    assert results == {}
+
+    process, results = run_benchmark(tmp_path, "--mode=parallel", "--peers=xla,jnp", devices=2)
+    assert process.returncode == 1
+    assert "--peers=xla,jnp: mode parallel takes one" in process.stderr + process.stdout
+    assert results == {}
+
+
+@pytest.fixture
+def two_local_devices(attention, monkeypatch):
+    """The suite's CPU devices, of which mode parallel takes the first two."""
+    devices = jax.devices("cpu")
+    assert len(devices) >= 2
+    monkeypatch.setattr(attention.jax, "local_devices", lambda: devices)
+
+
+@pytest.mark.usefixtures("two_local_devices")
+@pytest.mark.parametrize("way", ["heads shard_map", "heads auto", "batch shard_map", "batch auto"])
+def test_a_way_of_mode_parallel_halves_what_it_splits(attention, harness, monkeypatch, way):
+    """Each device holds half of the heads, or of the batch, of everything that goes in and out."""
+    row = harness.Row(64, "causal", 64, 2, 4, heads_k=2)
+    monkeypatch.setattr(attention, "_attention", lambda peer, row: _right)
+
+    step, sharding = attention._compile_way("a", row, way)
+
+    axis = {"heads": 2, "batch": 0}[way.split()[0]]
+    halved = [1, 1, 1, 1]
+    halved[axis] = 2
+    inputs = (*harness.random_inputs(jax.random.key(0), row), jnp.ones(row.query_shape, "bfloat16"))
+    for x in (*jax.device_put(inputs, sharding), *step(*jax.device_put(inputs, sharding))):
+        assert len(x.sharding.device_set) == 2
+        assert x.sharding.shard_shape(x.shape) == tuple(np.floor_divide(x.shape, halved))
+
+
+@pytest.mark.usefixtures("two_local_devices")
+def test_a_wrong_way_fails_by_name_and_is_not_timed(attention, harness, monkeypatch):
+    absl.flags.FLAGS(["test", "--min_seconds=0", "--rounds=1"])
+    row = harness.Row(64, "causal", 64, 2, 4, heads_k=2)
+    clock = types.SimpleNamespace(median_since=lambda start: None)
+    reference = harness.compile_reference_gradients(row)
+    compiled = {}
+    for way, of_way in (("one", _right), ("heads auto", _right), ("batch auto", _not_causal)):
+        monkeypatch.setattr(attention, "_attention", lambda peer, row, f=of_way: f)
+        compiled[way] = attention._compile_way("a", row, way)
+
+    measured = attention.measure_parallel_row(
+        row, compiled | {"heads shard_map": "why not"}, reference, clock
+    )
+
+    assert attention._report_of(measured) == ["64-causal-64 batch auto"]
+    assert measured["ways"]["heads shard_map"] == {"skipped": "why not"}
+    assert set(measured["over_one"]) == {"one", "heads auto"}
 
 
 def test_a_forced_configuration_needs_the_kernels_and_the_forward(tmp_path):
@@ -524,6 +606,22 @@ def launch_results(rows):
     return made_up_results("attention_launch", entries)
 
 
+def parallel_results(rows):
+    """Made up: a split by heads takes half of one GPU's time, and one of the ways did not run."""
+    ways = {"one": 4e-3, "heads shard_map": 2e-3, "heads auto": 2e-3, "batch shard_map": 2.5e-3}
+
+    def entry(row):
+        entries = {
+            way: {"seconds": s, "tflops": 3.5 * row.flops / s / 1e12} for way, s in ways.items()
+        }
+        over = {way: ways["one"] / s for way, s in ways.items()}
+        skipped = {"batch auto": {"skipped": "no"}}
+        measured = {"devices": 2, "ways": entries | skipped, "over_one": over}
+        return row.fields() | measured | {"sm_clock_mhz": 1500}
+
+    return made_up_results("attention_parallel", [entry(row) for row in rows])
+
+
 @pytest.fixture
 def checkout(report, tmp_path):
     """A repository with the documents, no results, and a function to add some."""
@@ -552,7 +650,7 @@ def test_the_report_says_what_is_not_measured(report, checkout):
     readme = (repository / "README.md").read_text()
     assert "`benchmarks/attention.py` gives `benchmarks/results/forward.json`" in readme
     assert readme.count("Not measured yet") == 3
-    assert (repository / "docs/performance.md").read_text().count("Not measured yet") == 6
+    assert (repository / "docs/performance.md").read_text().count("Not measured yet") == 7
     assert (repository / "docs/ablation.md").read_text().count("Not measured yet") == 6
     assert not (repository / "docs" / "figures").exists()
 
@@ -610,6 +708,23 @@ def test_the_report_writes_the_backward_alone_and_with_the_forward(report, atten
     assert not figure.exists()
 
 
+def test_the_report_sets_two_gpus_beside_one(report, attention, checkout):
+    repository, add = checkout
+    add("parallel.json", parallel_results(attention.parallel_rows()))
+
+    assert report.main(["--repository", str(repository)]) == 0
+    assert report.main(["--repository", str(repository), "--check"]) == 0
+
+    text = (repository / "docs" / "performance.md").read_text()
+    problem = "| 2 × 8192, 16 heads over 4 | 128 causal"
+    assert f"{problem} | one GPU | 4.00 ms | 481 | 1.00 |" in text
+    assert f"{problem} | heads, shard_map | 2.00 ms | 962 | 2.00 |" in text
+    assert f"{problem} | batch, shard_map | 2.50 ms | 770 | 1.60 |" in text
+    assert f"{problem} | batch, Auto mesh | – | – | – |" in text
+    assert text.count("| 16 × 1024, 16 heads over 4 |") == len(report.WAY_NAMES)
+    assert tuple(report.WAY_NAMES) == attention.WAYS
+
+
 def test_results_without_a_step_leave_its_table_unmeasured(report, attention, checkout):
     repository, add = checkout
     add("backward.json", forward_results(attention.grid_rows(), "attention_backward"))
@@ -652,7 +767,9 @@ def test_a_drawing_is_made_of_those_results_that_lie_on_an_axis(report, attentio
     assert report.figure_of(grid) == report.forward_figure(grid)
     assert report.figure_of(backward) == report.backward_figure(backward)
     assert report.figure_of(length) == report.memory_figure(length)
-    for other in (shapes, launch_results(attention.launch_rows()), grid | {"rows": []}):
+    launch = launch_results(attention.launch_rows())
+    parallel = parallel_results(attention.parallel_rows())
+    for other in (shapes, launch, parallel, grid | {"rows": []}):
         assert report.figure_of(other) is None
 
 

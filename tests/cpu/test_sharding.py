@@ -4,11 +4,9 @@ The compiled program is read too: which collectives it has, and what the kernel 
 """
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
-import collections
 import contextlib
 import functools
 import importlib
-import re
 
 import helpers
 import jax
@@ -16,7 +14,15 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, normal, oracle, qkv
+from helpers import (
+    assert_close,
+    moves_between_devices,
+    normal,
+    oracle,
+    placed,
+    qkv,
+    seen_by_kernels,
+)
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -230,11 +236,6 @@ PLACED = {
 }
 
 
-def placed(args, mesh, q_spec, kv_spec):
-    specs = (q_spec, kv_spec, kv_spec)
-    return tuple(jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs))
-
-
 @both_doors
 @pytest.mark.parametrize(("q_spec", "kv_spec"), PLACED.values(), ids=PLACED)
 def test_an_auto_mesh_gives_right_values(case, q_spec, kv_spec):
@@ -409,18 +410,6 @@ def test_spmd_axis_name_keeps_the_mapped_axis_on_its_mesh_axis(case, around):
 
 # --- What the compiled program moves between devices -------------------------------------------
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-def moves_between_devices(hlo):
-    """How often a compiled program runs each collective that moves numbers.
-
-    Not counted: agreement on flags (pred[]), which the xla path of JAX 0.10 has in bfloat16.
-    """
-    found = re.findall(rf"(?m)^.*? = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
-    moved = [name for types, name in found if re.search(r"\b(?!pred\[\])\w+\[", types)]
-    return dict(collections.Counter(moved))
-
 
 def with_pullback(q, k, v, dout, dlse):
     """(out, lse) and the gradients for given cotangents: a layer's whole work on a mesh."""
@@ -513,12 +502,6 @@ def lowered_on_the_cpu_by(forward, backward):
         for primitive, (_, default) in rules.items():
             mlir.register_lowering(primitive, default, platform="cpu")
         jax.clear_caches()
-
-
-def seen_by_kernels(hlo):
-    """Shape of out, or of the query's gradient, in each kernel call of a compiled program."""
-    lines = [line for line in hlo.splitlines() if 'custom_call_target="jax_fa3_' in line]
-    return [re.findall(r"bf16\[([\d,]+)\]", line)[0] for line in lines]
 
 
 BOTH, QUERIES, HEADS = P("data", None, "heads"), P(None, "data"), P(None, None, "data")

@@ -1,5 +1,6 @@
 """Under XLA's runtime: many calls in one program, donation, threads, command buffers."""
 
+import functools
 import os
 import pathlib
 import re
@@ -49,6 +50,41 @@ def test_donated_inputs():
     for _ in range(5):
         args = [jnp.asarray(x) for x in keep]
         assert_same_bits(donating(*args), plain)
+
+
+def forward(*args, **options):
+    return attend(*args, **options)
+
+
+def gradient(*args, **options):
+    """dq, dk and dv, for cotangents that come from the inputs."""
+    attention = functools.partial(attend, deterministic_backward=True, **options)
+    (out, lse), pullback = jax.vjp(attention, *args)
+    return pullback((args[0] - out, jnp.sin(lse)))
+
+
+@pytest.mark.parametrize("second", [forward, gradient])
+@pytest.mark.parametrize("first", [forward, gradient])
+def test_two_programs_dispatched_in_turn(first, second):
+    """Both in flight: neither may find the other's workspace, counters or recorded buffers."""
+    programs = [jax.jit(functools.partial(first, is_causal=True)), jax.jit(second)]
+    sizes = [
+        {"batch": (2,), "t": 333, "s": 333, "n": 4, "k": 2, "h": 128},
+        {"batch": (1,), "t": 257, "s": 411, "n": 6, "k": 1, "h": 64},
+    ]
+    # Three inputs each: what a turn leaves behind is not what the next one should give.
+    inputs = [[qkv(**size, dtype=jnp.bfloat16) for _ in range(3)] for size in sizes]
+    wanted = [
+        [jax.tree.map(np.asarray, program(*args)) for args in sets]
+        for program, sets in zip(programs, inputs)
+    ]
+    started = [
+        (which, i % 3, programs[which](*inputs[which][i % 3]))
+        for i in range(100)
+        for which in (0, 1)
+    ]
+    for dispatch, (which, index, got) in enumerate(started):
+        assert_same_bits(got, wanted[which][index], message=f"dispatch {dispatch}")
 
 
 def test_two_threads_dispatch_at_once():
@@ -141,3 +177,128 @@ def test_xla_captures_the_kernel_into_a_command_buffer(tmp_path):
     assert thunks, f"XLA dumped no thunk sequence; there are {sorted(dumped)}"
     captured = [n for n, x in thunks.items() if re.search(r"k?command_?buffer", x, re.I)]
     assert captured, f"no command buffer in {sorted(thunks)}:\n{next(iter(thunks.values()))[:3000]}"
+
+
+TRAIN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, jax.numpy as jnp, numpy as np, jax_fa3
+
+BATCH, SEQLEN, HEADS, HEAD_DIM, LAYERS = 2, 300, 4, 64, 3
+WIDTH = HEADS * HEAD_DIM
+
+def model(params, x):
+    for layer in params:
+        q, k, v = (
+            jnp.matmul(x, w).reshape(BATCH, SEQLEN, -1, HEAD_DIM)
+            for w in (layer["query"], layer["key"], layer["value"])
+        )
+        out = jax_fa3.dot_product_attention(
+            q, k, v, is_causal=True, implementation="fa3", deterministic_backward=True
+        )
+        x = x + jnp.matmul(out.reshape(x.shape), layer["out"])
+    return x
+
+def train_step(params, x, target):
+    def loss(params):
+        return jnp.square((model(params, x) - target).astype(jnp.float32)).mean()
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return value, grads, jax.tree.map(lambda p, g: p - g, params, grads)
+
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+shapes = {
+    "query": (WIDTH, WIDTH), "key": (WIDTH, WIDTH // 2), "value": (WIDTH, WIDTH // 2),
+    "out": (WIDTH, WIDTH),
+}
+params = [{name: draw(*s) / 16 for name, s in shapes.items()} for _ in range(LAYERS)]
+batches = [(draw(BATCH, SEQLEN, WIDTH), draw(BATCH, SEQLEN, WIDTH)) for _ in range(6)]
+
+captured = jax.jit(train_step).lower(params, *batches[0]).compile()
+
+def uncaptured_step(*args):
+    return train_step(*args)
+
+# No sequence is this long, so nothing is captured.
+options = {"xla_gpu_graph_min_graph_size": 1_000_000}
+uncaptured = jax.jit(uncaptured_step).lower(params, *batches[0]).compile(options)
+
+# All replays are dispatched before a result is looked at; each has its own inputs and parameters.
+seen, steps = [], []
+for batch in batches:
+    value, grads, updated = captured(params, *batch)
+    seen.append((params, batch))
+    steps.append((value, grads))
+    params = updated
+for i, ((params, batch), step) in enumerate(zip(seen, steps)):
+    found = {"captured": step, "uncaptured": uncaptured(params, *batch)[:2]}
+    for name, (value, grads) in found.items():
+        flat = [np.asarray(g, np.float32).ravel() for g in jax.tree.leaves(grads)]
+        np.savez(f"{sys.argv[2]}/{name}{i}.npz", loss=np.asarray(value), **{
+            f"grad{n}": g for n, g in enumerate(flat)
+        })
+"""
+
+
+def thunks_of(folder, name):
+    """The thunks that XLA runs for the jitted function `name`, from its dump.
+
+    Returns: ([(kind, whether in a command buffer), ...], the dump).
+    """
+    dumps = {p.name.rpartition(".jit_" + name + ".")[2]: p for p in folder.iterdir()}
+    first, last = "thunk_sequence.txt", "thunk_sequence_after_thunk_passes.txt"
+    assert first in dumps, f"XLA dumped no thunks of {name}; there are {sorted(dumps)}"
+    # There is no second dump where the passes, which make command buffers, changed nothing.
+    text = dumps.get(last, dumps[first]).read_text(errors="replace")
+    # A thunk is a line such as "001: kCustomCall"; a buffer's own are indented further than it.
+    thunks, buffer = [], None
+    for indent, kind in re.findall(r"(?m)^( *)(?:\d+: *)?k(\w+)", text):
+        if buffer is not None and len(indent) <= buffer:
+            buffer = None
+        thunks.append((kind, buffer is not None))
+        if kind == "CommandBuffer" and buffer is None:
+            buffer = len(indent)
+    return thunks, text
+
+
+def test_a_captured_train_step_replays_right_with_new_inputs(tmp_path):
+    """Three layers, forward and backward, against the same step that XLA may not capture."""
+    import jax_fa3
+
+    package = str(pathlib.Path(jax_fa3.__file__).parent.parent)
+    # Without a search for the fastest GEMM both programs take the same ones.
+    flags = (
+        f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_gpu_graph_min_graph_size=1"
+        " --xla_gpu_autotune_level=0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, package, str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    thunks, text = thunks_of(tmp_path, "train_step")
+    calls = [inside for kind, inside in thunks if kind == "CustomCall"]
+    assert len(calls) >= 6, f"fewer attention calls than 3 forward and 3 backward:\n{text[:3000]}"
+    assert all(calls), f"a call is outside of every command buffer:\n{text[:3000]}"
+    thunks, text = thunks_of(tmp_path, "uncaptured_step")
+    assert not any(inside for _, inside in thunks), f"captured after all:\n{text[:3000]}"
+    assert sum(kind == "CustomCall" for kind, _ in thunks) == len(calls)
+
+    names = ("captured", "uncaptured")
+    results = {n: [dict(np.load(tmp_path / f"{n}{i}.npz")) for i in range(6)] for n in names}
+    for i, (got, right) in enumerate(zip(*results.values())):
+        assert len(right) == 1 + 3 * 4
+        before = results["uncaptured"][i - 1]
+        for name, x in right.items():
+            largest = np.abs(x).max()
+            apart = np.abs(got[name] - x).max()
+            # bfloat16's rounding, should XLA fuse the two differently ...
+            assert apart <= 2e-2 * largest, f"step {i}, {name}: {apart} of {largest}"
+            # ... which is far less than what buffers of another step would give.
+            if name != "loss":
+                assert np.abs(before[name] - x).max() > 0.2 * largest

@@ -31,18 +31,15 @@ def test_inputs_and_outputs_that_are_slices_of_larger_arrays(h):
         assert_same_bits(by_row[b : b + 1], full(*one))
 
 
-def test_every_device_runs_every_head_dim():
+def test_every_device_runs_every_head_dim(two_gpus):
     """What a launch sets once (shared memory, entry points) it sets once a device."""
-    devices = jax.local_devices(backend="cuda")
-    if len(devices) < 2:
-        pytest.skip("needs two GPUs")
     for h in HEAD_DIMS:
         args = [normal((2, 300, 4, h), jnp.bfloat16) for _ in range(3)]
         results = [
             jax.jit(lambda *a: attend(*a, is_causal=True))(*jax.device_put(args, device))
-            for device in devices
+            for device in two_gpus
         ]
-        for device, result in zip(devices, results):
+        for device, result in zip(two_gpus, results):
             assert {x.device for x in result} == {device}
             assert_same_bits(
                 tuple(np.asarray(x) for x in result), tuple(np.asarray(x) for x in results[0])
