@@ -28,6 +28,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from xml.sax.saxutils import escape
@@ -735,7 +736,47 @@ def demo_block(runs):
         f"{first['unigram_entropy']:.3f}.\n\n"
     )
     header = ["`--attention`", "steps", "tokens/s", "training", "first loss", "held-out loss"]
-    return text + markdown_table(header, table)
+    text += markdown_table(header, table)
+    others = [run for run in runs[1:] if run["settings"] == settings]
+    for run in others:
+        apart = [
+            abs(ours - theirs) for ours, theirs in zip(first["losses"], run["losses"], strict=False)
+        ]
+        text += (
+            f"\n\nThe same {len(apart)} steps, `{first['attention']}` against "
+            f"`{run['attention']}`: training losses differ by {statistics.median(apart):.4f} in "
+            f"the median step and by {max(apart):.4f} at most."
+        )
+    if others:
+        text += f"\n\n![Training loss against the step, by attention]({FIGURES}/demo.svg)"
+    return text
+
+
+def demo_figure(runs):
+    """Training loss against the step, a curve a run; drawn in the order given."""
+    losses = [loss for run in runs for loss in run["losses"]]
+    low, high = math.floor(min(losses)), math.ceil(max(losses))
+    steps = max(len(run["losses"]) for run in runs)
+    left, above, width, height = 70, 80, 560, 260
+    svg = Svg(left + width + 40, above + height + 50)
+    svg.text(left, 24, "Training loss, nats a byte, against the step", "start", 15, bold=True)
+    panel = Panel(
+        left,
+        above,
+        width,
+        height,
+        [(steps * tick / 4, f"{steps * tick // 4}") for tick in range(5)],
+        [(float(tick), str(tick)) for tick in range(low, high + 1)],
+    )
+    panel.draw(svg, "")
+    label_at = left
+    for run, colour in zip(runs, PEER_COLOURS.values(), strict=False):
+        svg.series([(label_at, 46), (label_at + 24, 46)], colour)
+        svg.text(label_at + 31, 50, f"--attention={run['attention']}", anchor="start")
+        label_at += 200
+        points = [(panel.x(step), panel.y(loss)) for step, loss in enumerate(run["losses"], 1)]
+        svg.series(points, colour, hollow=True)
+    return svg.document()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1055,6 +1096,8 @@ def generate(repository):
         json.loads(path.read_text())
         for path in sorted((repository / RESULTS).glob("demo_h200*.json"))
     ]
+    if len(runs) > 1:
+        figures[FIGURES / "demo.svg"] = demo_figure(runs)
     blocks["demo_h200"] = (
         demo_block(runs)
         if runs

@@ -1028,3 +1028,36 @@ def test_three_digits(report):
         *("0.0123", "1.00", "12.3", "1,000", "1,234"),
         *("–", "–"),
     ]
+
+
+def test_the_demos_of_two_attentions_are_compared_step_by_step(report):
+    run = {
+        "attention": "auto",
+        "steps": 3,
+        "tokens_per_second": 300000.0,
+        "train_seconds": 2.0,
+        "first_loss": 5.5,
+        "final_validation_loss": 2.5,
+        "losses": [5.5, 4.0, 3.0],
+        "settings": {
+            "layers": 2,
+            "model_dim": 64,
+            "query_heads": 4,
+            "key_value_heads": 2,
+            "head_dim": 64,
+            "dtype": "bfloat16",
+            "seq_len": 128,
+            "batch_size": 2,
+        },
+        "device": {"kind": "NVIDIA H200"},
+        "parameters": 10**6,
+        "unigram_entropy": 3.1,
+    }
+    other = {**run, "attention": "xla", "losses": [5.5, 4.01, 2.97]}
+    text = report.demo_block([run, other])
+    assert "differ by 0.0100 in the median step and by 0.0300 at most" in text
+    assert "docs/figures/demo.svg" in text
+    assert report.demo_figure([run, other]).count("<polyline") == 4  # two curves, two legends
+    assert "differ" not in report.demo_block([run]), "one run has nothing to be compared with"
+    elsewhere = {**other, "settings": {**run["settings"], "layers": 3}}
+    assert "differ" not in report.demo_block([run, elsewhere])
