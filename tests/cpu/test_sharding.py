@@ -342,6 +342,59 @@ def test_gradients_of_fewer_key_heads_than_shards_are_sums_over_the_shards(case,
     check(got, args, case)
 
 
+LENGTHS = {"query_seq_lengths": [0, 3, 8, 5], "key_value_seq_lengths": [4, 12, 1, 9]}
+MOVED = {
+    "lengths": LENGTHS,
+    "bottom right with lengths": {
+        **LENGTHS,
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+    },
+    "window": {"local_window_size": (3, 1), "causal_alignment": "bottom_right"},
+    "offset and window": {"local_window_size": (2, None), "query_offset": [-2, 0, 9, 40]},
+    "segment ids": {
+        "query_segment_ids": np.arange(32).reshape(4, 8) // 3,
+        "key_value_segment_ids": np.arange(48).reshape(4, 12) // 4,
+        "is_causal": True,
+    },
+    "bias, mask and sinks": {
+        "bias": normal((1, 4, 8, 12)),
+        "mask": np.tri(8, 12, 3, dtype=bool)[None, None],
+        "sinks": normal((4,)),
+    },
+}
+
+
+@pytest.mark.parametrize("options", MOVED.values(), ids=MOVED)
+@pytest.mark.parametrize("spec", [P(None, "data", "heads"), P("heads", "data")], ids=str)
+def test_a_part_of_the_queries_knows_where_it_begins(options, spec):
+    """A sharded query sequence with everything that depends on a query's place. Explicit axes."""
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Explicit)
+    q, k, v = operands(CASES["xla"], s=12)
+    options = {
+        name: jnp.asarray(x) if isinstance(x, list | np.ndarray) else x
+        for name, x in options.items()
+    }
+    wanted = {n: options.pop(n) for n in ("bias", "sinks") if n in options}
+
+    def of(attention):
+        def f(arrays, extra):
+            out, lse = attention(*arrays, **extra, **options)
+            if attention is attend:
+                out, lse = jax.sharding.reshard((out, lse), (P(), P()))
+            return loss(lambda *a: a)(out, jnp.where(jnp.isneginf(lse), 0, lse)), (out, lse)
+
+        return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))
+
+    right = of(exact)((q, k, v), wanted)
+    with jax.set_mesh(mesh):
+        arrays = placed((q, k, v), mesh, spec, P())
+        got = of(attend)(arrays, wanted)
+    (_, values), grads = jax.tree.map(np.asarray, got)
+    assert_close(values, right[0][1], jnp.float32)
+    assert_close(grads, right[1], jnp.float32, scale=6)
+
+
 # --- Partial-manual meshes and vmap over a mesh axis -------------------------------------------
 
 
