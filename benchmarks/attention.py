@@ -140,7 +140,7 @@ def launch_rows(head_dims=(128, 64, 256), seqlens=(128, 256, 512), heads=16):
     ]
 
 
-def parallel_rows(seqlens=(8192, 1024), tokens=GRID_TOKENS, heads=16, heads_k=4, head_dim=128):
+def parallel_rows(seqlens=(8192, 1024), tokens=2 * GRID_TOKENS, heads=16, heads_k=4, head_dim=128):
     """A grouped causal layer: so long that the kernels are all, and so short that they are not."""
     return [
         Row(head_dim, "causal", seqlen, tokens // seqlen, heads, heads_k=heads_k)

@@ -716,12 +716,12 @@ def test_the_report_sets_two_gpus_beside_one(report, attention, checkout):
     assert report.main(["--repository", str(repository), "--check"]) == 0
 
     text = (repository / "docs" / "performance.md").read_text()
-    problem = "| 2 × 8192, 16 heads over 4 | 128 causal"
+    problem = "| 4 × 8192, 16 heads over 4 | 128 causal"
     assert f"{problem} | one GPU | 4.00 ms | 481 | 1.00 |" in text
     assert f"{problem} | heads, shard_map | 2.00 ms | 962 | 2.00 |" in text
     assert f"{problem} | batch, shard_map | 2.50 ms | 770 | 1.60 |" in text
     assert f"{problem} | batch, Auto mesh | – | – | – |" in text
-    assert text.count("| 16 × 1024, 16 heads over 4 |") == len(report.WAY_NAMES)
+    assert text.count("| 32 × 1024, 16 heads over 4 |") == len(report.WAY_NAMES)
     assert tuple(report.WAY_NAMES) == attention.WAYS
 
 
