@@ -274,14 +274,15 @@ def _xla_backward(*arrays, names, spec):
 def _lower_xla(fun: Callable[..., Any]) -> Callable[..., Any]:
     """`fun` as a lowering rule that sees plain arrays.
 
-    What the operands' types say of meshes has done its work in abstract evaluation; here it would
-    only ask every intermediate value of `fun` for the same.
+    What the operands' types say of meshes has done its work in abstract evaluation; here it, or the
+    ambient mesh, would only ask every intermediate value of `fun` for the same, or to be whole.
     """
     rule = mlir.lower_fun(fun, multiple_results=True)
 
     def lower(ctx, *operands, **params):
         plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        return rule(ctx.replace(avals_in=plain), *operands, **params)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return rule(ctx.replace(avals_in=plain), *operands, **params)
 
     return lower
 
