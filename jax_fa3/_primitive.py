@@ -1,4 +1,4 @@
-"""The primitives jax_fa3_fwd and jax_fa3_bwd.
+"""The primitives jax_fa3_fwd and jax_fa3_bwd, and jax_fa3_bwd_sum, a loop around the latter.
 
 They are polymorphic in leading batch dims: every operand has the same number of them, each full or
 1, and 1 is broadcast. So vmap only moves the mapped axis to the front, and an axis that maps the
@@ -29,6 +29,7 @@ from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands, so
 
 fwd_p = jax.extend.core.Primitive("jax_fa3_fwd")
 bwd_p = jax.extend.core.Primitive("jax_fa3_bwd")
+bwd_sum_p = jax.extend.core.Primitive("jax_fa3_bwd_sum")
 
 # Of the operands: bias and mask broadcast in their own way and sinks have no batch dims; no kernel
 # takes them.
@@ -63,12 +64,48 @@ def backward(
     lse: jax.Array,
     dout: jax.Array,
     dlse: jax.Array,
+    *,
+    kernels: bool = True,
 ) -> Operands:
-    """The cotangents of `forward`'s differentiable operands, with all batch dims full."""
+    """The cotangents of `forward`'s differentiable operands, each in its operand's shape.
+
+    Args:
+      kernels: False: by the xla path everywhere.
+    """
     names, arrays = _present(operands)
-    grads = bwd_p.bind(*arrays, out, lse, dout, dlse, names=names, spec=spec)
+    arrays += [out, lse, dout, dlse]
+    if kernels and not is_broadcast(operands, out):
+        grads = bwd_p.bind(*arrays, names=names, spec=spec)
+    else:
+        summed = out.ndim - CORE_RANK["query"]
+        grads = bwd_sum_p.bind(*arrays, names=names, spec=spec, summed=summed, kernels=kernels)
     found = dict(zip(_differentiable(names), grads, strict=True))
     return Operands(**{name: found.get(name) for name in Operands._fields})
+
+
+def is_bindable(operands: Operands) -> bool:
+    """Whether the batch dims of every operand are as `forward` takes them."""
+    return all(x is None or name in _BINDABLE for name, x in operands._asdict().items())
+
+
+def is_broadcast(operands: Operands, out: jax.Array) -> bool:
+    """Whether some operand is 1 in a batch dim in which out is not."""
+    batch = out.shape[: -CORE_RANK["query"]]
+    return any(
+        x is not None and name in _BINDABLE and x.shape[: x.ndim - CORE_RANK[name]] != batch
+        for name, x in operands._asdict().items()
+    )
+
+
+def xla_attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """`_blockwise.attention`, with its derivatives, of operands as `forward` takes them."""
+    names, arrays = _present(operands)
+
+    def attend(*arrays):
+        return list(_blockwise.attention(spec, _as_operands(names, arrays)))
+
+    out, lse = _over_broadcast(attend, _core_ranks(names), arrays)
+    return out, lse
 
 
 def _present(operands: Operands) -> tuple[tuple[str, ...], list[Any]]:
@@ -86,6 +123,11 @@ def _as_operands(names: Sequence[str], arrays: Sequence[Any]) -> Operands:
 
 def _differentiable(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in DIFFERENTIABLE)
+
+
+def _wanted(names: Sequence[str], of_operands: Sequence[Any]) -> list[Any]:
+    """What belongs to a differentiable operand, of a list that begins with one for each operand."""
+    return [x for name, x in zip(names, of_operands, strict=False) if name in DIFFERENTIABLE]
 
 
 def _core_ranks(names: Sequence[str]) -> list[int]:
@@ -274,14 +316,15 @@ def _xla_backward(*arrays, names, spec):
 def _lower_xla(fun: Callable[..., Any]) -> Callable[..., Any]:
     """`fun` as a lowering rule that sees plain arrays.
 
-    What the operands' types say of meshes has done its work in abstract evaluation; here it would
-    only ask every intermediate value of `fun` for the same.
+    What the operands' types say of meshes has done its work in abstract evaluation; here it, or the
+    ambient mesh, would only ask every intermediate value of `fun` for the same, or to be whole.
     """
     rule = mlir.lower_fun(fun, multiple_results=True)
 
     def lower(ctx, *operands, **params):
         plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        return rule(ctx.replace(avals_in=plain), *operands, **params)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return rule(ctx.replace(avals_in=plain), *operands, **params)
 
     return lower
 
@@ -481,7 +524,7 @@ def _backward_call(*, names, **params) -> _partitioning.Call:
 # --- batching ---
 
 
-def _batch(primitive: Any, args: Sequence[Any], dims: Sequence[int | None], **params):
+def batching_rule(primitive: Any, args: Sequence[Any], dims: Sequence[int | None], **params):
     """Moves the mapped axis to the front; an unmapped operand gets a leading 1."""
     if all(dim is None for dim in dims):
         outs = primitive.bind(*args, **params)
@@ -492,6 +535,103 @@ def _batch(primitive: Any, args: Sequence[Any], dims: Sequence[int | None], **pa
     ]
     outs = primitive.bind(*args, **params)
     return outs, [0] * len(outs)
+
+
+# --- gradients of what is broadcast ---
+#
+# Where an operand is broadcast over a mapped axis, vmap(grad(f)) wants its gradient for each row,
+# and grad(vmap(f)) wants their sum. bwd_sum_p gives the sum and makes no rows. Its last `summed`
+# batch dims, those that it was bound with, are of grad(vmap(f)); vmap puts others before them.
+
+
+def _bwd_sum_abstract(*avals, names, spec, summed, kernels):
+    del kernels
+    full = _bwd_abstract(*avals, names=names, spec=spec)
+    sums = _summed_dims([aval.shape for aval in avals], names, summed)
+    outs = []
+    for aval, dims in zip(full, sums, strict=True):
+        shape, partition = list(aval.shape), list(aval.sharding.spec)
+        partition += [None] * (len(shape) - len(partition))
+        for dim in dims:
+            shape[dim], partition[dim] = 1, None
+        sharding = aval.sharding.update(spec=PartitionSpec(*partition))
+        outs.append(aval.update(shape=tuple(shape), sharding=sharding))
+    return outs
+
+
+def _summed_dims(shapes, names, summed) -> list[list[int]]:
+    """Of each differentiable operand the batch dims over which its gradient is a sum."""
+    batch = _batch_of(shapes, _core_ranks(names) + _BWD_CORE_RANKS)
+    dims = range(len(batch) - summed, len(batch))
+    return [[d for d in dims if shape[d] != batch[d]] for shape in _wanted(names, shapes)]
+
+
+def _sum_rows(*arrays, names, spec, summed, kernels):
+    """Makes the rows and adds them. XLA may split them over devices, as it cannot split a loop."""
+    make_rows = bwd_p.bind if kernels else _xla_backward
+    grads = make_rows(*arrays, names=names, spec=spec)
+    sums = _summed_dims([x.shape for x in arrays], names, summed)
+    return [
+        jnp.sum(grad, dims, keepdims=True, dtype=softmax_dtype(grad.dtype)).astype(grad.dtype)
+        for grad, dims in zip(grads, sums, strict=True)
+    ]
+
+
+def _sum_row_by_row(*arrays, names, spec, summed, kernels):
+    """Adds each row as it is made: what is broadcast needs room for one more, not for all."""
+    shapes = [x.shape for x in arrays]
+    batch = _batch_of(shapes, _core_ranks(names) + _BWD_CORE_RANKS)
+    if 0 in batch:
+        return _sum_rows(*arrays, names=names, spec=spec, summed=summed, kernels=kernels)
+    make_rows = bwd_p.bind if kernels else _xla_backward
+    sums = _summed_dims(shapes, names, summed)
+    dtypes = [x.dtype for x in _wanted(names, arrays)]
+    wide = [softmax_dtype(x) if dims else x for x, dims in zip(dtypes, sums, strict=True)]
+    first = len(batch) - summed
+
+    def add_rows(arrays, dims):
+        """The gradients, by a loop over the first of `dims` around loops over the others."""
+        if not dims:
+            grads = make_rows(*arrays, names=names, spec=spec)
+            return [grad.astype(dtype) for grad, dtype in zip(grads, wide, strict=True)]
+        dim, *inner = dims
+
+        def is_whole(x):
+            return x.shape[dim] == 1
+
+        def step(i, totals):
+            rows = [
+                x if is_whole(x) else jax.lax.dynamic_slice_in_dim(x, i, 1, dim) for x in arrays
+            ]
+            return [
+                total + grad
+                if is_whole(total)
+                else jax.lax.dynamic_update_slice_in_dim(total, grad, i, dim)
+                for total, grad in zip(totals, add_rows(rows, inner), strict=True)
+            ]
+
+        totals = [
+            jnp.zeros((*batch[:first], *x.shape[first:]), dtype)
+            for x, dtype in zip(_wanted(names, arrays), wide, strict=True)
+        ]
+        return jax.lax.fori_loop(0, batch[dim], step, totals)
+
+    grads = add_rows(arrays, sorted(set().union(*sums)))
+    return [grad.astype(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+
+
+_lower_sum_rows = _lower_xla(_sum_rows)
+_lower_sum_row_by_row = _lower_xla(_sum_row_by_row)
+
+
+def _lower_bwd_sum(ctx, *operands, **params):
+    context = ctx.module_context.axis_context
+    if isinstance(context, mlir.SPMDAxisContext):
+        is_local = context.manual_axes == frozenset(context.mesh.axis_names)
+    else:
+        is_local = not isinstance(context, mlir.ShardingContext) or context.num_devices == 1
+    rule = _lower_sum_row_by_row if is_local else _lower_sum_rows
+    return rule(ctx, *operands, **params)
 
 
 # --- registration ---
@@ -508,14 +648,20 @@ def _no_derivative(what: str) -> Callable[..., Any]:
     return jvp
 
 
-for _p, _abstract in ((fwd_p, _fwd_abstract), (bwd_p, _bwd_abstract)):
+for _p, _abstract in (
+    (fwd_p, _fwd_abstract),
+    (bwd_p, _bwd_abstract),
+    (bwd_sum_p, _bwd_sum_abstract),
+):
     _p.multiple_results = True
     _p.def_impl(functools.partial(xla.apply_primitive, _p))
     _p.def_abstract_eval(_abstract)
-    batching.primitive_batchers[_p] = functools.partial(_batch, _p)
+    batching.primitive_batchers[_p] = functools.partial(batching_rule, _p)
 ad.primitive_jvps[fwd_p] = _no_derivative("forward-mode differentiation")
 ad.primitive_jvps[bwd_p] = _no_derivative("a second derivative")
+ad.primitive_jvps[bwd_sum_p] = _no_derivative("a second derivative")
 mlir.register_lowering(fwd_p, _lower_forward)
 mlir.register_lowering(fwd_p, _lower_forward_cuda, platform="cuda")
 mlir.register_lowering(bwd_p, _lower_xla_backward)
 mlir.register_lowering(bwd_p, _lower_backward_cuda, platform="cuda")
+mlir.register_lowering(bwd_sum_p, _lower_bwd_sum)

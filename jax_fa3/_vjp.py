@@ -4,6 +4,10 @@ Stage one computes (out, lse) outside of differentiation and gives them their ch
 stage two attaches a reverse rule to them. So a remat policy that saves those names saves just what
 the rule needs, and the forward kernel does not run again. (A name inside a custom_vjp's forward
 rule, or on its outputs, does not do that under every setting of jax.checkpoint.)
+
+Stage two is a primitive, jax_fa3_attach, until it is differentiated. jax.vmap maps both rules of a
+jax.custom_vjp, and neither can tell that grad(vmap(f)) adds up what it makes for each row of a
+mapped axis; the primitive is mapped as a call is, and then its rule sees what was not mapped.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.extend.core
 from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import ad, batching, mlir
 
 from jax_fa3 import _arguments, _blockwise, _primitive, _sharding, _support
 from jax_fa3._spec import DIFFERENTIABLE, AttentionSpec, Operands
@@ -43,14 +49,51 @@ def attend(
     return _attach((spec, choice.implementation), operands, out, lse)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attach(static, operands, out, lse):
     """(out, lse) as they are, with the derivative of attention with regard to the operands."""
+    if not _primitive.is_bindable(operands):
+        return _with_rule(static, operands, out, lse)
+    arrays, tree = jax.tree.flatten((operands, out, lse))
+    out, lse = attach_p.bind(*arrays, tree=tree, static=static)
+    return out, lse
+
+
+attach_p = jax.extend.core.Primitive("jax_fa3_attach")
+
+
+def _attach_jvp(primals, tangents, *, tree, static):
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def attach(*moved):
+        arrays = list(primals)
+        for i, x in zip(moving, moved, strict=True):
+            arrays[i] = x
+        return _with_rule(static, *jax.tree.unflatten(tree, arrays))
+
+    return jax.jvp(attach, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
+def _out_and_lse(*arrays, tree, static):
+    del tree, static
+    return arrays[-2:]
+
+
+attach_p.multiple_results = True
+attach_p.def_impl(_out_and_lse)
+attach_p.def_abstract_eval(_out_and_lse)
+mlir.register_lowering(attach_p, lambda _, *arrays, **params: _out_and_lse(*arrays, **params))
+batching.primitive_batchers[attach_p] = functools.partial(_primitive.batching_rule, attach_p)
+ad.primitive_jvps[attach_p] = _attach_jvp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_rule(static, operands, out, lse):
+    """`_attach` where it is differentiated."""
     del static, operands
     return out, lse
 
 
-def _attach_fwd(static, operands, out, lse):
+def _with_rule_fwd(static, operands, out, lse):
     if operands.query.dtype == _arguments.FLOAT8:
         raise _support.UnsupportedError(
             "jax_fa3: attention of float8 inputs has no gradient; the recipe is to keep 16-bit "
@@ -61,13 +104,13 @@ def _attach_fwd(static, operands, out, lse):
     return _attach(static, operands, out, lse), (operands, out, lse)
 
 
-def _attach_bwd(static, residuals, cotangents):
+def _with_rule_bwd(static, residuals, cotangents):
     spec, implementation = static
     backward = _primitive.backward if implementation == "fa3" else _xla_backward
     return _sharding.backward(backward, spec, *residuals, *cotangents), None, None
 
 
-_attach.defvjp(_attach_fwd, _attach_bwd)
+_with_rule.defvjp(_with_rule_fwd, _with_rule_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -77,6 +120,8 @@ def _xla_backward(spec, operands, out, lse, dout, dlse):
     Its own derivative must not take out and lse for constants, though stage one hides where they
     come from: it differentiates `_blockwise.attention`'s reverse rule, which knows.
     """
+    if _primitive.is_broadcast(operands, out):
+        return _primitive.backward(spec, operands, out, lse, dout, dlse, kernels=False)
     return _xla_backward_of_saved(spec, operands, out, lse, dout, dlse)
 
 
@@ -90,7 +135,10 @@ def _xla_backward_bwd(spec, residuals, cotangents):
 
     def gradients(wanted: dict[str, jax.Array], dout, dlse) -> dict[str, jax.Array]:
         def attention(wanted):
-            return _blockwise.attention(spec, operands._replace(**wanted))
+            found = operands._replace(**wanted)
+            if _primitive.is_bindable(found):
+                return _primitive.xla_attention(spec, found)
+            return _blockwise.attention(spec, found)
 
         return jax.vjp(attention, wanted)[1]((dout, dlse))[0]
 

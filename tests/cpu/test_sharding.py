@@ -323,6 +323,50 @@ def test_vmap_over_a_sharded_axis(case):
 
 
 @both_doors
+@pytest.mark.parametrize("mapped", ["query", "key and value"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+def test_grad_of_vmap_over_a_sharded_axis_of_one_side(case, kind, mapped):
+    """Each device makes its rows of the other side's gradient, which one collective adds up."""
+    mesh = mesh_of(4, names=("data",), kind=kind)
+    is_mapped = [(name in mapped) for name in ("query", "key", "value")]
+    args = [normal((4, *x.shape), x.dtype) if m else x for x, m in zip(operands(case), is_mapped)]
+    in_axes = tuple(0 if m else None for m in is_mapped)
+
+    def scalar(attention):
+        return lambda *a: sum((x.astype(jnp.float32) ** 2).sum() for x in attention(*a))
+
+    with jax.set_mesh(mesh):
+        sharded = [
+            jax.device_put(x, NamedSharding(mesh, P("data") if m else P()))
+            for x, m in zip(args, is_mapped)
+        ]
+        f = jax.jit(jax.grad(scalar(jax.vmap(attend, in_axes)), (0, 1, 2)))
+        grads = f(*sharded)
+        moved = moves_between_devices(f.lower(*sharded).compile().as_text())
+    right = jax.jit(jax.grad(scalar(jax.vmap(exact, in_axes)), (0, 1, 2)))(*args)
+    assert_close(jax.tree.map(np.asarray, grads), right, case["dtype"], scale=8)
+    assert set(moved) <= {"all-reduce"}
+
+
+@both_doors
+def test_grad_of_vmap_inside_shard_map_sums_over_the_mapped_axis(case):
+    mesh = mesh_of(4, names=("data",), kind=AxisType.Auto)
+    q, k, v = operands(case)
+    q = normal((3, *q.shape), q.dtype)
+    rows, whole = P(None, "data"), P("data")
+
+    def scalar(attention):
+        mapped = jax.vmap(attention, (0, None, None))
+        return lambda *a: sum((x.astype(jnp.float32) ** 2).sum() for x in mapped(*a))
+
+    local = lambda *a: jax.grad(scalar(attend), (0, 1, 2))(*a)
+    specs = (rows, whole, whole)
+    got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs))(q, k, v)
+    right = jax.jit(jax.grad(scalar(exact), (0, 1, 2)))(q, k, v)
+    assert_close(got, right, case["dtype"], scale=8)
+
+
+@both_doors
 @pytest.mark.parametrize("k", [2, 1])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_gradients_of_fewer_key_heads_than_shards_are_sums_over_the_shards(case, kind, k):

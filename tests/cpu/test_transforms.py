@@ -108,6 +108,116 @@ def test_grad_of_vmap_sums_over_the_mapped_axis_for_unmapped_operands(case, mapp
 
 
 @both_doors
+def test_grad_of_nested_vmaps_with_different_operands_at_each_level(case):
+    """The gradient of key is a sum over the outer axis, that of query over the inner one."""
+    q, k, v = qkv(batch=(2,), t=4, s=5, **case)
+    outer_q, inner_k = normal((2, *q.shape), q.dtype), normal((SIZE, *k.shape), k.dtype)
+
+    def rows(q, k, v):
+        stack = lambda *r: jnp.stack(r)
+        return jax.tree.map(stack, *(jax.tree.map(stack, *(exact(a, b, v) for b in k)) for a in q))
+
+    pairs = jax.vmap(jax.vmap(attend, (None, 0, None)), (0, None, None))
+    got, wanted = (
+        jax.jit(jax.grad(total(f), (0, 1, 2)))(outer_q, inner_k, v) for f in (pairs, rows)
+    )
+    assert_close(got, wanted, case["dtype"], scale=8)
+
+
+@both_doors
+def test_vmap_of_grad_of_vmap(case):
+    """The inner axis is summed over, and the outer one has a gradient for each row."""
+    q, k, v = qkv(batch=(2,), t=4, s=5, **case)
+    inner_q, outer_k = normal((SIZE, *q.shape), q.dtype), normal((SIZE, *k.shape), k.dtype)
+    loss = total(jax.vmap(attend, (0, None, None)))
+    got = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)), (None, 0, None)))(inner_q, outer_k, v)
+    loss = total(lambda *a: loop(exact, a, (0, None, None)))
+    wanted = loop(jax.grad(loss, (0, 1, 2)), (inner_q, outer_k, v), (None, 0, None))
+    assert_close(got, wanted, case["dtype"], scale=8)
+
+
+@both_doors
+def test_grad_of_vmap_over_an_offset_alone(case):
+    """No operand that has a gradient is mapped: all gradients are sums."""
+    args = qkv(batch=(2,), t=4, s=5, **case)
+    offsets = jnp.arange(SIZE)
+
+    def loss(attention, apply):
+        f = lambda offset, *a: attention(*a, is_causal=True, query_offset=offset)
+        return jax.jit(jax.grad(total(lambda *a: apply(f, (offsets, *a))), (0, 1, 2)))
+
+    in_axes = (0, None, None, None)
+    got = loss(attend, lambda f, a: jax.vmap(f, in_axes)(*a))(*args)
+    wanted = loss(exact, lambda f, a: loop(f, a, in_axes))(*args)
+    assert_close(got, wanted, case["dtype"], scale=6)
+
+
+def test_grad_of_vmap_where_lengths_and_segments_are_shared_by_the_rows():
+    args, in_axes = operands(CASES["xla"], (0, 1, 2), (0, 0, 0))
+    shared = {name: OPTIONAL[name](()) for name in ("query_offset", "key_value_seq_lengths")}
+    shared["query_segment_ids"] = integers(0, 1, (B, T))
+    shared["key_value_segment_ids"] = integers(0, 1, (B, S))
+    f = lambda attention: functools.partial(attention, is_causal=True, **shared)
+    loss = total(jax.vmap(f(attend), in_axes))
+    wanted = total(lambda *a: loop(f(exact), a, in_axes))
+    got, wanted = (jax.jit(jax.grad(x, (0, 1, 2)))(*args) for x in (loss, wanted))
+    assert_close(got, wanted, scale=6)
+
+
+@both_doors
+def test_grad_of_a_vmap_of_zero_rows_is_zero_where_nothing_is_mapped(case):
+    q, k, v = qkv(batch=(2,), t=3, s=4, **case)
+    loss = total(jax.vmap(attend, (0, None, None)))
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(jnp.zeros((0, *q.shape), q.dtype), k, v)
+    assert_close(grads[1:], (jnp.zeros_like(k), jnp.zeros_like(v)))
+
+
+def test_second_derivative_of_a_vmap_over_the_query_alone():
+    q, k, v = qkv(batch=(), t=4, s=5)
+    q = normal((SIZE, *q.shape))
+
+    def second(out_and_lse):
+        gradients = jax.grad(total(out_and_lse), (0, 1, 2))
+        norm = lambda *a: sum((g**2).sum() for g in gradients(*a))
+        return jax.jit(jax.grad(norm, (0, 1, 2)))(q, k, v)
+
+    got = second(jax.vmap(functools.partial(attend, is_causal=True), (0, None, None)))
+    mapped_exact = lambda *a: loop(functools.partial(exact, is_causal=True), a, (0, None, None))
+    assert_close(got, second(mapped_exact), scale=16)
+
+
+@pytest.mark.optimised
+@both_doors
+@pytest.mark.parametrize("mapped", [(0,), (1,), (2,), (1, 2)], ids=["q", "k", "v", "kv"])
+def test_memory_for_what_is_not_mapped_does_not_grow_with_the_axis(case, mapped):
+    """Forward and backward: six more rows need less than one more copy of the rest.
+
+    Where keys are mapped the forward's out, and what it is made of, has rows of the query's size:
+    there the backward alone.
+    """
+    t, s = (2, 2048) if mapped == (0,) else (2048, 2)
+    shapes = [(1, length, 2, 64) for length in (t, s, s)]
+    dtype = case["dtype"]
+    f = jax.vmap(attend, tuple(0 if i in mapped else None for i in range(3)))
+
+    def temporaries(rows):
+        args = [
+            jax.ShapeDtypeStruct((rows, *shape) if i in mapped else shape, dtype)
+            for i, shape in enumerate(shapes)
+        ]
+        out, pullback = jax.eval_shape(functools.partial(jax.vjp, f), *args)
+        if mapped == (0,):
+            program = jax.jit(lambda ct, *a: (f(*a), jax.vjp(f, *a)[1](ct))).lower(out, *args)
+        else:
+            program = jax.jit(lambda ct, pullback: pullback(ct)).lower(out, pullback)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    copy = 2048 * 2 * 64 * np.dtype(dtype).itemsize
+    growth = (temporaries(8) - temporaries(2)) / copy
+    assert growth < 1, f"{growth:.1f} copies for 6 rows"
+
+
+@both_doors
 @pytest.mark.parametrize("out_axes", [(1, 2), (-1, -1), (0, 1)])
 def test_out_axes(case, out_axes):
     args, in_axes = operands(case, (0, 1, 2), (0, 0, 0))
@@ -597,6 +707,33 @@ def test_any_number_of_vmaps_around_or_inside_a_gradient_is_one_call_of_each_ker
     for target in (helpers.FWD_TARGET, helpers.BWD_TARGET):
         operand_types, _ = helpers.signature(helpers.kernel_lines(text, target)[0])
         assert operand_types[0] == f"{shape}xbf16"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("mapped", [(0,), (1,), (1, 2)], ids=["q", "k", "kv"])
+def test_grad_of_vmap_makes_no_rows_of_what_is_not_mapped(mapped):
+    """One call of each kernel, the backward's in a loop over the rows; its results are summed."""
+    args, in_axes = operands(CASES["primitive"], mapped, (0, 0, 0))
+    text = helpers.cuda_text(jax.grad(total(jax.vmap(attend, in_axes)), (0, 1, 2)), *args)
+    calls = helpers.kernel_calls(text), helpers.kernel_calls(text, helpers.BWD_TARGET)
+    assert calls == (1, 1)
+    (backward,) = helpers.kernel_lines(text, helpers.BWD_TARGET)
+    queries, keys = "1x2x4x4x64xbf16", "1x2x5x2x64xbf16"
+    found, results = helpers.signature(backward)
+    assert found[:3] == results[:3] == [queries, keys, keys]
+    if 0 in mapped:
+        assert f"tensor<{SIZE}{keys[1:]}>" not in text
+
+
+@pytest.mark.usefixtures("kernels")
+def test_grad_of_nested_vmaps_over_different_operands_is_one_call_of_each_kernel():
+    q, k, v = qkv(batch=(2,), t=4, s=5, n=4, k=2, h=64, dtype=jnp.bfloat16)
+    outer, inner_k, inner_v = (normal((n, *x.shape), x.dtype) for n, x in ((7, q), (3, k), (3, v)))
+    f = jax.vmap(jax.vmap(attend, (None, 0, 0)), (0, None, None))
+    text = helpers.cuda_text(jax.grad(total(f), (0, 1, 2)), outer, inner_k, inner_v)
+    calls = helpers.kernel_calls(text), helpers.kernel_calls(text, helpers.BWD_TARGET)
+    assert calls == (1, 1)
+    assert "tensor<7x3x2x5x" not in text
 
 
 def test_the_oracle_itself_agrees_with_numpy():
