@@ -718,8 +718,8 @@ def test_the_report_sets_two_gpus_beside_one(report, attention, checkout):
     text = (repository / "docs" / "performance.md").read_text()
     problem = "| 4 × 8192, 16 heads over 4 | 128 causal"
     assert f"{problem} | one GPU | 4.00 ms | 962 | 1.00 |" in text
-    assert f"{problem} | heads, shard_map | 2.00 ms | 1924 | 2.00 |" in text
-    assert f"{problem} | batch, shard_map | 2.50 ms | 1539 | 1.60 |" in text
+    assert f"{problem} | heads, shard_map | 2.00 ms | 1,924 | 2.00 |" in text
+    assert f"{problem} | batch, shard_map | 2.50 ms | 1,539 | 1.60 |" in text
     assert f"{problem} | batch, Auto mesh | – | – | – |" in text
     assert text.count("| 32 × 1024, 16 heads over 4 |") == len(report.WAY_NAMES)
     assert tuple(report.WAY_NAMES) == attention.WAYS
