@@ -40,17 +40,22 @@ class Call(NamedTuple):
     results: tuple[str, ...]
 
 
-def is_wanted(ctx: Any) -> bool:
+def has_axes(ctx: Any) -> bool:
     """Whether the program that is being lowered has axes over which XLA splits its arrays."""
     context = ctx.module_context.axis_context
     if isinstance(context, mlir.SPMDAxisContext):
         types = zip(context.mesh.axis_names, context.mesh.axis_types, strict=True)
         others = {kind for axis, kind in types if axis not in context.manual_axes}
         # Explicit axes may shard nothing here, and then they are no concern of XLA's.
-        has_axes = AxisType.Auto in others or (bool(others) and any(map(is_sharded, ctx.avals_in)))
-    else:
-        has_axes = isinstance(context, mlir.ShardingContext) and context.num_devices > 1
-    if has_axes and ctx.module_context.lowering_parameters.for_export:
+        return AxisType.Auto in others or (bool(others) and any(map(is_sharded, ctx.avals_in)))
+    return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
+
+
+def is_wanted(ctx: Any) -> bool:
+    """Whether a kernel's call is to be `lower`ed here. Says so where it should be and cannot."""
+    if not has_axes(ctx):
+        return False
+    if ctx.module_context.lowering_parameters.for_export:
         from absl import logging  # slow to import, and rarely needed
 
         # The call would hold a function of this process.
@@ -61,7 +66,7 @@ def is_wanted(ctx: Any) -> bool:
             1,
         )
         return False
-    return has_axes
+    return True
 
 
 def lower(ctx: Any, operands: Sequence[Any], call: Call) -> Any:

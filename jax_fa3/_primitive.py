@@ -577,47 +577,63 @@ def _sum_rows(*arrays, names, spec, summed, kernels):
     ]
 
 
+# What the gradients of rows that are made at once, and summed, may take.
+_ROWS_BYTES = 2**24
+
+
 def _sum_row_by_row(*arrays, names, spec, summed, kernels):
-    """Adds each row as it is made: what is broadcast needs room for one more, not for all."""
-    shapes = [x.shape for x in arrays]
-    batch = _batch_of(shapes, _core_ranks(names) + _BWD_CORE_RANKS)
-    if 0 in batch:
+    """Adds rows as they are made, some at a time: what is broadcast needs no room for all."""
+    batch = _batch_of([x.shape for x in arrays], _core_ranks(names) + _BWD_CORE_RANKS)
+    wanted = _wanted(names, arrays)
+    sums = _summed_dims([x.shape for x in arrays], names, summed)
+    dims = sorted(set().union(*sums))
+    if 0 in batch or not dims:
         return _sum_rows(*arrays, names=names, spec=spec, summed=summed, kernels=kernels)
     make_rows = bwd_p.bind if kernels else _xla_backward
-    sums = _summed_dims(shapes, names, summed)
-    dtypes = [x.dtype for x in _wanted(names, arrays)]
-    wide = [softmax_dtype(x) if dims else x for x, dims in zip(dtypes, sums, strict=True)]
-    first = len(batch) - summed
+    wide = [softmax_dtype(x.dtype) if own else x.dtype for x, own in zip(wanted, sums, strict=True)]
+
+    one_row = math.prod(size for dim, size in enumerate(batch) if dim not in dims)
+    row_bytes = sum(
+        one_row * math.prod(x.shape[len(batch) :]) * x.dtype.itemsize
+        for x, own in zip(wanted, sums, strict=True)
+        if own
+    )
+    rows = batch[dims[-1]]
+    fitting = [n for n in range(2, rows + 1) if rows % n == 0 and n * row_bytes <= _ROWS_BYTES]
+    at_once = max(fitting, default=1)
 
     def add_rows(arrays, dims):
         """The gradients, by a loop over the first of `dims` around loops over the others."""
-        if not dims:
-            grads = make_rows(*arrays, names=names, spec=spec)
-            return [grad.astype(dtype) for grad, dtype in zip(grads, wide, strict=True)]
         dim, *inner = dims
-
-        def is_whole(x):
-            return x.shape[dim] == 1
+        count = 1 if inner else at_once
 
         def step(i, totals):
-            rows = [
-                x if is_whole(x) else jax.lax.dynamic_slice_in_dim(x, i, 1, dim) for x in arrays
+            part = [
+                x if x.shape[dim] == 1 else jax.lax.dynamic_slice_in_dim(x, i * count, count, dim)
+                for x in arrays
             ]
+            grads = add_rows(part, inner) if inner else make_rows(*part, names=names, spec=spec)
             return [
-                total + grad
-                if is_whole(total)
-                else jax.lax.dynamic_update_slice_in_dim(total, grad, i, dim)
-                for total, grad in zip(totals, add_rows(rows, inner), strict=True)
+                total + jnp.sum(grad, dim, keepdims=True, dtype=total.dtype)
+                if total.shape[dim] == 1
+                else jax.lax.dynamic_update_slice_in_dim(
+                    total, grad.astype(total.dtype), i * count, dim
+                )
+                for total, grad in zip(totals, grads, strict=True)
             ]
 
+        whole = _batch_of([x.shape for x in arrays], _core_ranks(names) + _BWD_CORE_RANKS)
         totals = [
-            jnp.zeros((*batch[:first], *x.shape[first:]), dtype)
-            for x, dtype in zip(_wanted(names, arrays), wide, strict=True)
+            jnp.zeros(
+                (*(1 if d in own else n for d, n in enumerate(whole)), *x.shape[len(whole) :]),
+                dtype,
+            )
+            for x, own, dtype in zip(wanted, sums, wide, strict=True)
         ]
-        return jax.lax.fori_loop(0, batch[dim], step, totals)
+        return jax.lax.fori_loop(0, whole[dim] // count, step, totals)
 
-    grads = add_rows(arrays, sorted(set().union(*sums)))
-    return [grad.astype(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    grads = add_rows(arrays, dims)
+    return [grad.astype(x.dtype) for grad, x in zip(grads, wanted, strict=True)]
 
 
 _lower_sum_rows = _lower_xla(_sum_rows)
@@ -625,12 +641,7 @@ _lower_sum_row_by_row = _lower_xla(_sum_row_by_row)
 
 
 def _lower_bwd_sum(ctx, *operands, **params):
-    context = ctx.module_context.axis_context
-    if isinstance(context, mlir.SPMDAxisContext):
-        is_local = context.manual_axes == frozenset(context.mesh.axis_names)
-    else:
-        is_local = not isinstance(context, mlir.ShardingContext) or context.num_devices == 1
-    rule = _lower_sum_row_by_row if is_local else _lower_sum_rows
+    rule = _lower_sum_rows if _partitioning.has_axes(ctx) else _lower_sum_row_by_row
     return rule(ctx, *operands, **params)
 
 

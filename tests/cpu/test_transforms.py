@@ -17,6 +17,7 @@ import pytest
 from helpers import assert_close, integers, normal, oracle, qkv
 
 import jax_fa3
+from jax_fa3 import _primitive
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -107,6 +108,14 @@ def test_grad_of_vmap_sums_over_the_mapped_axis_for_unmapped_operands(case, mapp
     assert_close(got, wanted, case["dtype"], scale=6)
 
 
+@pytest.fixture(params=[True, False], ids=["all rows at once", "row by row"])
+def rows_at_once(request, monkeypatch):
+    """Both ways to sum the gradients of what a vmap did not map; few rows are made at once."""
+    if not request.param:
+        monkeypatch.setattr(_primitive, "_ROWS_BYTES", 0)
+
+
+@pytest.mark.usefixtures("rows_at_once")
 @both_doors
 def test_grad_of_nested_vmaps_with_different_operands_at_each_level(case):
     """The gradient of key is a sum over the outer axis, that of query over the inner one."""
@@ -124,6 +133,31 @@ def test_grad_of_nested_vmaps_with_different_operands_at_each_level(case):
     assert_close(got, wanted, case["dtype"], scale=8)
 
 
+@pytest.mark.usefixtures("rows_at_once")
+@both_doors
+@pytest.mark.parametrize("rows", [6, 7], ids=["two at once", "a prime number"])
+def test_rows_are_made_as_many_at_once_as_there_is_room_for(case, rows, monkeypatch):
+    q, k, v = qkv(batch=(2,), t=4, s=5, **case)
+    monkeypatch.setattr(_primitive, "_ROWS_BYTES", 2 * (k.nbytes + v.nbytes))
+    queries = normal((rows, *q.shape), q.dtype)
+    gradients = jax.grad(total(jax.vmap(attend, (0, None, None))), (0, 1, 2))
+    stacked = lambda q, k, v: jax.tree.map(lambda *r: jnp.stack(r), *(exact(x, k, v) for x in q))
+    wanted = jax.grad(total(stacked), (0, 1, 2))
+    args = queries, k, v
+    assert_close(jax.jit(gradients)(*args), jax.jit(wanted)(*args), case["dtype"], scale=8)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("rows", "at_once"), [(6, 2), (7, 1), (2, 2)])
+def test_one_kernel_in_a_loop_makes_the_rows(rows, at_once, monkeypatch):
+    q, k, v = qkv(batch=(2,), t=4, s=5, **CASES["primitive"])
+    monkeypatch.setattr(_primitive, "_ROWS_BYTES", 2 * (k.nbytes + v.nbytes))
+    gradients = jax.grad(total(jax.vmap(attend, (0, None, None))), (0, 1, 2))
+    text = helpers.cuda_text(gradients, normal((rows, *q.shape), q.dtype), k, v)
+    (line,) = helpers.kernel_lines(text, helpers.BWD_TARGET)
+    assert helpers.signature(line)[1][1] == f"{at_once}x2x5x2x64xbf16"
+
+
 @both_doors
 def test_vmap_of_grad_of_vmap(case):
     """The inner axis is summed over, and the outer one has a gradient for each row."""
@@ -136,6 +170,7 @@ def test_vmap_of_grad_of_vmap(case):
     assert_close(got, wanted, case["dtype"], scale=8)
 
 
+@pytest.mark.usefixtures("rows_at_once")
 @both_doors
 def test_grad_of_vmap_over_an_offset_alone(case):
     """No operand that has a gradient is mapped: all gradients are sums."""
@@ -189,12 +224,13 @@ def test_second_derivative_of_a_vmap_over_the_query_alone():
 @pytest.mark.optimised
 @both_doors
 @pytest.mark.parametrize("mapped", [(0,), (1,), (2,), (1, 2)], ids=["q", "k", "v", "kv"])
-def test_memory_for_what_is_not_mapped_does_not_grow_with_the_axis(case, mapped):
+def test_memory_for_what_is_not_mapped_does_not_grow_with_the_axis(case, mapped, monkeypatch):
     """Forward and backward: six more rows need less than one more copy of the rest.
 
     Where keys are mapped the forward's out, and what it is made of, has rows of the query's size:
     there the backward alone.
     """
+    monkeypatch.setattr(_primitive, "_ROWS_BYTES", 0)  # no row of these is small
     t, s = (2, 2048) if mapped == (0,) else (2048, 2)
     shapes = [(1, length, 2, 64) for length in (t, s, s)]
     dtype = case["dtype"]
@@ -711,8 +747,9 @@ def test_any_number_of_vmaps_around_or_inside_a_gradient_is_one_call_of_each_ker
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("mapped", [(0,), (1,), (1, 2)], ids=["q", "k", "kv"])
-def test_grad_of_vmap_makes_no_rows_of_what_is_not_mapped(mapped):
+def test_grad_of_vmap_makes_no_rows_of_what_is_not_mapped(mapped, monkeypatch):
     """One call of each kernel, the backward's in a loop over the rows; its results are summed."""
+    monkeypatch.setattr(_primitive, "_ROWS_BYTES", 0)  # no row of these is small
     args, in_axes = operands(CASES["primitive"], mapped, (0, 0, 0))
     text = helpers.cuda_text(jax.grad(total(jax.vmap(attend, in_axes)), (0, 1, 2)), *args)
     calls = helpers.kernel_calls(text), helpers.kernel_calls(text, helpers.BWD_TARGET)
