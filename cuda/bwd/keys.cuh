@@ -202,11 +202,7 @@ class KeyWarpgroup {
     // Without a causal mask a row is seen by all or by none. ptxas must not make a branch of that:
     // it would diverge, and wgmma around it be serialized.
     asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = i / 4 * 8 + i % 2;
-      if (column < limit[i / 2 % 2]) scores[i] = -INFINITY;
-    }
+    mask_below(scores, limit);
   }
 
   // A stage's lse or delta at the lane's columns 8 j and 8 j + 1. Better loaded before a wait for

@@ -316,11 +316,7 @@ class ValueWarpgroup : KeyPassWarpgroup<Config> {
     // Without a causal mask a row is seen by all or by none. ptxas must not make a branch of that:
     // it would diverge, and wgmma around it be serialized.
     asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = i / 4 * 8 + i % 2;
-      if (column < limit[i / 2 % 2]) scores[i] = -INFINITY;
-    }
+    mask_below(scores, limit);
   }
 
   int32_t m_;
