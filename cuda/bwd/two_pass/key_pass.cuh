@@ -54,10 +54,7 @@ struct KeyPassRings {
     ptx::mbarrier_init(v_full, 1);
     q_ring.init(8);  // the warps of both warpgroups
     dout_ring.init(8);
-    for (int stage = 0; stage < kConfig.dscores_stages; ++stage) {
-      ptx::mbarrier_init(probs_ring.full_barrier(stage), 4);
-      ptx::mbarrier_init(probs_ring.empty_barrier(stage), 4);
-    }
+    probs_ring.init(4, 4);
   }
 };
 
