@@ -18,6 +18,7 @@
 #include "cuda/bwd/launch.h"
 #include "cuda/bwd/plan.h"
 #include "tests/cuda/device_arrays.cuh"
+#include "tests/cuda/problems.h"
 
 namespace jax_fa3 {
 namespace {
@@ -329,7 +330,7 @@ std::vector<Case> cases() {
       for (MaskKind mask : {full, causal}) {
         const std::string what = std::string(" ") + name(dtype) + " " + name(mask);
         const auto sized = [&](int64_t batch, int64_t t, int64_t s, int64_t n, int64_t k) {
-          return small_problem(dtype, batch, t, s, n, k, head_dim, mask);
+          return problem(dtype, batch, t, s, n, k, head_dim, mask);
         };
         add("odd lengths" + what, sized(2, 67, 131, 4, 2));
         add("one query, one key" + what, sized(3, 1, 1, 2, 1));
@@ -343,7 +344,7 @@ std::vector<Case> cases() {
     }
     const auto sized = [&](int64_t batch, int64_t t, int64_t s, int64_t n, int64_t k,
                            MaskKind mask) {
-      return small_problem(DType::kBF16, batch, t, s, n, k, head_dim, mask);
+      return problem(DType::kBF16, batch, t, s, n, k, head_dim, mask);
     };
     Case& offset = add("query_offset", sized(4, 70, 90, 2, 2, causal));
     offset.problem.has_query_offset = true;
@@ -430,8 +431,8 @@ int run_all(const std::string& only) {
     }
     const int head_dim = kBwdConfigs[0].config.head_dim;
     const MaskKind causal = MaskKind::kCausal;
-    Run left({"", small_problem(DType::kBF16, 4, 257, 257, 4, 4, head_dim, causal)}, 1001);
-    Run right({"", small_problem(DType::kF16, 4, 321, 129, 4, 2, head_dim, causal)}, 1002);
+    Run left({"", problem(DType::kBF16, 4, 257, 257, 4, 4, head_dim, causal)}, 1001);
+    Run right({"", problem(DType::kF16, 4, 321, 129, 4, 2, head_dim, causal)}, 1002);
     for (int i = 0; i < 20; ++i) {
       report("two streams", left.launch(streams[0]).message);
       report("two streams", right.launch(streams[1]).message);

@@ -19,6 +19,7 @@
 #include "cuda/fwd/launch.h"
 #include "cuda/fwd/plan.h"
 #include "tests/cuda/device_arrays.cuh"
+#include "tests/cuda/problems.h"
 
 namespace jax_fa3 {
 namespace {
@@ -224,7 +225,7 @@ Case make(std::string name, DType dtype, int64_t batch, int64_t seqlen_q, int64_
           int64_t heads_q, int64_t heads_k, int64_t head_dim, MaskKind mask) {
   Case c;
   c.name = std::move(name);
-  c.problem = small_problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, mask);
+  c.problem = problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, mask);
   return c;
 }
 
