@@ -56,26 +56,23 @@ struct BwdConfig {
   constexpr int stats_bytes() const { return tile_m * 4; }
   static constexpr int dq_bytes() { return kBlockRows * kDqColumns * 4; }
   constexpr int dscores_bytes() const { return tile_n() * tile_m * kElementBytes; }
-  // Tiles, rows of lse and delta, then barriers: key and value; full of each stage, full and empty
-  // of dS; rounded up to its alignment. launch.cuh asserts that it is sizeof(BwdSmem).
+  // launch.cuh asserts that it is sizeof(BwdSmem), or that of the larger of two_pass/work.cuh's.
   constexpr int smem_bytes() const {
-    if (two_pass()) {
-      const int keys =
-          two_pass_bytes(2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes(),
-                         stages * 2 * stats_bytes(), 2 + 4 * stages + 2 * dscores_stages);
-      const int queries =
-          two_pass_bytes(2 * kQueryWarpgroups * q_bytes() + (k_stages + 1) * kv_bytes(), 0,
-                         2 * kQueryWarpgroups + 2 * (k_stages + 1));
-      return keys > queries ? keys : queries;
+    const int tiles = 2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes();
+    const int stats = stages * 2 * stats_bytes();
+    // Barriers: key and value; full of each stage (of two passes, empty too), full and empty of dS.
+    if (!two_pass()) {
+      return struct_bytes(tiles + kDqBuffers * dq_bytes(), stats,
+                          2 + 2 * stages + 2 * dscores_stages);
     }
-    const int tiles = 2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes() +
-                      kDqBuffers * dq_bytes();
-    const int barriers = 8 * (2 + 2 * stages + 2 * dscores_stages);
-    return (tiles + stages * 2 * stats_bytes() + barriers + 1023) / 1024 * 1024;
+    const int keys = struct_bytes(tiles, stats, 2 + 4 * stages + 2 * dscores_stages);
+    const int queries = struct_bytes(2 * kQueryWarpgroups * q_bytes() + (k_stages + 1) * kv_bytes(),
+                                     0, 2 * kQueryWarpgroups + 2 * (k_stages + 1));
+    return keys > queries ? keys : queries;
   }
-
-  static constexpr int two_pass_bytes(int tiles, int rows, int barriers) {
-    return (tiles + rows + 8 * barriers + 1023) / 1024 * 1024;
+  // Bytes of tiles, bytes of lse and delta, then barriers; rounded up to the tiles' alignment.
+  static constexpr int struct_bytes(int tiles, int stats, int barriers) {
+    return (tiles + stats + 8 * barriers + 1023) / 1024 * 1024;
   }
 
   // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at

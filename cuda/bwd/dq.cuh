@@ -110,7 +110,7 @@ class DqWarpgroup {
     if (leader) {
       if (kInTurns && i == 0) {
         // A step later its additions are complete, or nearly. (At once, waiting for them holds the
-        // warpgroup up: head dim 128 at 0.63 of the default's speed instead of 0.88.)
+        // warpgroup up: head dim 128 ran at 0.63 of the default's speed.)
         if (turn_ >= 0) pass_turn();
       } else {
         ptx::bulk_wait_read<1>();

@@ -21,7 +21,7 @@
 #include "cuda/bwd/dq.cuh"
 #include "cuda/bwd/keys.cuh"
 #include "cuda/bwd/work.cuh"
-#include "cuda/ptx/tma.cuh"
+#include "cuda/core/set_up.cuh"
 #include "cuda/ptx/warp.cuh"
 
 namespace jax_fa3 {
@@ -33,24 +33,7 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const BwdRings<Config> rings(*reinterpret_cast<BwdSmem<Config>*>(shared));
 
-  if (threadIdx.x == 0) {
-    ptx::tma_prefetch_map(params.q_map);
-    ptx::tma_prefetch_map(params.k_map);
-    ptx::tma_prefetch_map(params.v_map);
-    ptx::tma_prefetch_map(params.dout_map);
-    ptx::mbarrier_init(rings.k_full, 1);
-    ptx::mbarrier_init(rings.v_full, 1);
-    for (int stage = 0; stage < kConfig.stages; ++stage) {
-      ptx::mbarrier_init(rings.q_full + 8 * stage, 1);
-      ptx::mbarrier_init(rings.dout_full + 8 * stage, 1);
-    }
-    for (int stage = 0; stage < kConfig.dscores_stages; ++stage) {
-      ptx::mbarrier_init(rings.dscores_ring.full_barrier(stage), kConfig.key_warps());
-      ptx::mbarrier_init(rings.dscores_ring.empty_barrier(stage), 4);  // dQ's warps
-    }
-    ptx::mbarrier_fence_init();
-  }
-  __syncthreads();
+  set_up([&] { rings.init(); }, params.q_map, params.k_map, params.v_map, params.dout_map);
 
   const KeyWork work = key_work<Config>(params, blockIdx.x);
   const int warpgroup = ptx::warpgroup_index();

@@ -57,6 +57,17 @@ struct BwdRings {
         dout_full(ptx::shared_address(smem.dout_full)),
         dscores_ring{ptx::shared_address(smem.dscores_full),
                      ptx::shared_address(smem.dscores_empty)} {}
+
+  // One thread.
+  __device__ __forceinline__ void init() const {
+    ptx::mbarrier_init(k_full, 1);
+    ptx::mbarrier_init(v_full, 1);
+    for (int stage = 0; stage < kConfig.stages; ++stage) {
+      ptx::mbarrier_init(q_full + 8 * stage, 1);
+      ptx::mbarrier_init(dout_full + 8 * stage, 1);
+    }
+    dscores_ring.init(4, kConfig.key_warps());  // consumers: dQ's warps
+  }
 };
 
 // A CTA's keys, and the steps over the queries of each head of their group.

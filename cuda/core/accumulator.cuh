@@ -49,6 +49,25 @@ __device__ __forceinline__ void pack_fragments(const float (&d)[kCount],
   for (int i = 0; i < kCount / 2; ++i) fragments[i] = pack<kType>(d[2 * i], d[2 * i + 1]);
 }
 
+// Masks: -inf in the columns of row r (0 or 1) of the lane from `limit[r]` on, or below it; a limit
+// counts from the lane's first column. Columns are constants then, so one compare a score.
+template <int kCount>
+__device__ __forceinline__ void mask_from(float (&scores)[kCount], const int32_t (&limit)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int column = i / 4 * 8 + i % 2;
+    if (column >= limit[i / 2 % 2]) scores[i] = -INFINITY;
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void mask_below(float (&scores)[kCount], const int32_t (&limit)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int column = i / 4 * 8 + i % 2;
+    if (column < limit[i / 2 % 2]) scores[i] = -INFINITY;
+  }
+}
+
 // 4 x 4 transpose over a quad: word w of lane q goes to word q of lane w. Four shuffles and no
 // shared memory, so that nothing has to wait for the epilogue.
 __device__ __forceinline__ void quad_transpose(uint32_t (&words)[4]) {

@@ -59,9 +59,10 @@ struct Ring {
     if (ptx::lane_index() == 0) ptx::mbarrier_arrive(empty_barrier(at.stage));
   }
 
-  __device__ __forceinline__ void init(int consumer_warps) const {
+  // `producers` arrive at a full barrier: one thread, with TMA's bytes, or warps that store.
+  __device__ __forceinline__ void init(int consumer_warps, int producers = 1) const {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(full_barrier(stage), 1);
+      ptx::mbarrier_init(full_barrier(stage), producers);
       ptx::mbarrier_init(empty_barrier(stage), consumer_warps);
     }
   }

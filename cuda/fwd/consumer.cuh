@@ -327,16 +327,11 @@ class FwdConsumer {
     ptx::wgmma_commit();
   }
 
-  // Row r of the lane sees keys [0, visible[r]): column 8 j + e of the block survives when it lies
-  // below the row's limit. Columns are constants plus the lane's offset, so one compare a score.
+  // Row r of the lane sees keys [0, visible[r]).
   __device__ __forceinline__ void mask(int32_t block, const int32_t (&visible)[2]) {
     const int32_t first = block * kTileN + accumulator_column();
     const int32_t limit[2] = {visible[0] - first, visible[1] - first};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = i / 4 * 8 + i % 2;
-      if (column >= limit[i / 2 % 2]) scores_[i] = -INFINITY;
-    }
+    mask_from(scores_, limit);
   }
 
   __device__ __forceinline__ void release_keys() {

@@ -10,10 +10,10 @@
 // (Without warp specialisation, in the ablation, there is no producer: self_loading.cuh.)
 #pragma once
 
+#include "cuda/core/set_up.cuh"
 #include "cuda/fwd/consumer.cuh"
 #include "cuda/fwd/producer.cuh"
 #include "cuda/fwd/work.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warp.cuh"
 
 namespace jax_fa3 {
@@ -25,22 +25,7 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const FwdRings<Config> rings(*reinterpret_cast<FwdSmem<Config>*>(shared));
 
-  if (threadIdx.x == 0) {
-    ptx::tma_prefetch_map(params.q_map);
-    ptx::tma_prefetch_map(params.k_map);
-    ptx::tma_prefetch_map(params.v_map);
-    for (int w = 0; w < kConfig.consumer_warpgroups; ++w) {
-      ptx::mbarrier_init(rings.q_full + 8 * w, 1);
-      ptx::mbarrier_init(rings.q_empty + 8 * w, 4);  // the warps of one warpgroup
-    }
-    rings.k_ring.init(kConfig.consumer_warps());
-    rings.v_ring.init(kConfig.consumer_warps());
-    FwdSchedule<Config>::init(rings.tile_queue, kConfig.consumer_warps());
-    ptx::mbarrier_init(ptx::shared_address(&rings.redo->drained), kConfig.consumer_warps());
-    rings.redo->head = 0;
-    ptx::mbarrier_fence_init();
-  }
-  __syncthreads();
+  set_up([&] { rings.init(); }, params.q_map, params.k_map, params.v_map);
 
   const int warpgroup = ptx::warpgroup_index();
   if constexpr (!kConfig.warp_specialized) {

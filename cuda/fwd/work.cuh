@@ -38,6 +38,17 @@ struct FwdSmem {
   RedoList redo;
 };
 
+template <Schedule kSchedule>
+struct ScheduleOf {
+  using type = StaticSchedule;
+};
+template <>
+struct ScheduleOf<Schedule::kDynamic> {
+  using type = DynamicSchedule;
+};
+template <class Config>
+using FwdSchedule = typename ScheduleOf<Config::value.schedule>::type;
+
 // The shared memory as both roles see it.
 template <class Config>
 struct FwdRings {
@@ -60,18 +71,20 @@ struct FwdRings {
         v_ring{ptx::shared_address(smem.v_full), ptx::shared_address(smem.v_empty)},
         tile_queue(ptx::shared_address(&smem.tile_queue)),
         redo(&smem.redo) {}
-};
 
-template <Schedule kSchedule>
-struct ScheduleOf {
-  using type = StaticSchedule;
+  // One thread.
+  __device__ __forceinline__ void init() const {
+    for (int w = 0; w < kConfig.consumer_warpgroups; ++w) {
+      ptx::mbarrier_init(q_full + 8 * w, 1);
+      ptx::mbarrier_init(q_empty + 8 * w, 4);  // the warps of one warpgroup
+    }
+    k_ring.init(kConfig.consumer_warps());
+    v_ring.init(kConfig.consumer_warps());
+    FwdSchedule<Config>::init(tile_queue, kConfig.consumer_warps());
+    ptx::mbarrier_init(ptx::shared_address(&redo->drained), kConfig.consumer_warps());
+    redo->head = 0;
+  }
 };
-template <>
-struct ScheduleOf<Schedule::kDynamic> {
-  using type = DynamicSchedule;
-};
-template <class Config>
-using FwdSchedule = typename ScheduleOf<Config::value.schedule>::type;
 
 template <MaskKind kMask>
 struct TileOrderOf {

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <random>
 #include <set>
@@ -18,6 +17,8 @@
 #include "cuda/bwd/launch.h"
 #include "cuda/bwd/plan.h"
 #include "tests/cuda/device_arrays.cuh"
+#include "tests/cuda/device_program.cuh"
+#include "tests/cuda/problems.h"
 
 namespace jax_fa3 {
 namespace {
@@ -28,13 +29,6 @@ struct Case {
   std::vector<int32_t> query_offset = {};  // one a batch row, or empty
   float query_factor = 1.0f;               // peaks the scores
 };
-
-__global__ void count_differing(const uint16_t* a, const uint16_t* b, size_t count,
-                                uint32_t* differing) {
-  for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
-    if (a[i] != b[i]) atomicAdd(differing, 1);
-  }
-}
 
 // Unless it is deterministic, dQ is added in no fixed order: sums in float32 that round to
 // neighbours in 16 bits.
@@ -238,21 +232,13 @@ class Run {
   // workspace are poisoned behind it.
   void compare_with_first(uint32_t* differing, cudaStream_t stream) {
     if (first_dq_ == nullptr) {
-      const auto keep = [&](const DeviceArray<uint16_t>& array) {
-        auto copy = std::make_unique<DeviceArray<uint16_t>>(array.count());
-        copy->copy_from(array, stream);
-        return copy;
-      };
-      first_dq_ = keep(dq_);
-      first_dk_ = keep(dk_);
-      first_dv_ = keep(dv_);
+      first_dq_ = copy_of(dq_, stream);
+      first_dk_ = copy_of(dk_, stream);
+      first_dv_ = copy_of(dv_, stream);
     } else {
-      count_differing<<<64, 256, 0, stream>>>(dk_.get(), first_dk_->get(), dk_.count(), differing);
-      count_differing<<<64, 256, 0, stream>>>(dv_.get(), first_dv_->get(), dv_.count(), differing);
-      if (repeats_dq()) {
-        count_differing<<<64, 256, 0, stream>>>(dq_.get(), first_dq_->get(), dq_.count(),
-                                                differing);
-      }
+      count_differing(dk_, *first_dk_, differing, stream);
+      count_differing(dv_, *first_dv_, differing, stream);
+      if (repeats_dq()) count_differing(dq_, *first_dq_, differing, stream);
       const auto near = [&](auto element) {
         using T = decltype(element);
         count_apart<<<64, 256, 0, stream>>>(reinterpret_cast<const T*>(dq_.get()),
@@ -329,7 +315,7 @@ std::vector<Case> cases() {
       for (MaskKind mask : {full, causal}) {
         const std::string what = std::string(" ") + name(dtype) + " " + name(mask);
         const auto sized = [&](int64_t batch, int64_t t, int64_t s, int64_t n, int64_t k) {
-          return small_problem(dtype, batch, t, s, n, k, head_dim, mask);
+          return problem(dtype, batch, t, s, n, k, head_dim, mask);
         };
         add("odd lengths" + what, sized(2, 67, 131, 4, 2));
         add("one query, one key" + what, sized(3, 1, 1, 2, 1));
@@ -343,7 +329,7 @@ std::vector<Case> cases() {
     }
     const auto sized = [&](int64_t batch, int64_t t, int64_t s, int64_t n, int64_t k,
                            MaskKind mask) {
-      return small_problem(DType::kBF16, batch, t, s, n, k, head_dim, mask);
+      return problem(DType::kBF16, batch, t, s, n, k, head_dim, mask);
     };
     Case& offset = add("query_offset", sized(4, 70, 90, 2, 2, causal));
     offset.problem.has_query_offset = true;
@@ -375,37 +361,11 @@ std::vector<Case> cases() {
   return all;
 }
 
-// Each case on each configuration that takes it, not only on the one that the plan would choose.
-std::vector<Case> on_every_config(const std::vector<Case>& some, const std::string& only) {
-  std::vector<Case> all;
-  for (const Case& c : some) {
-    for (size_t i = 0; i < kBwdConfigCount; ++i) {
-      const BwdConfig& config = kBwdConfigs[i].config;
-      const Problem& p = c.problem;
-      if (config.dtype != p.dtype || config.head_dim != p.head_dim || config.mask != p.mask)
-        continue;
-      Case forced = c;
-      forced.problem.config = static_cast<int>(i);
-      forced.name += std::string(" on ") + kBwdConfigs[i].name;
-      if (forced.name.find(only) != std::string::npos) all.push_back(forced);
-    }
-  }
-  return all;
-}
-
 int run_all(const std::string& only) {
-  int passed = 0, failed = 0;
-  const auto report = [&](const std::string& name, const std::string& wrong) {
-    if (wrong.empty()) {
-      ++passed;
-    } else {
-      ++failed;
-      std::printf("FAILED %s: %s\n", name.c_str(), wrong.c_str());
-    }
-  };
+  Report report;
   uint32_t seed = 0;
   DeviceArray<uint32_t> differing(1);
-  for (const Case& c : on_every_config(cases(), only)) {
+  for (const Case& c : on_every_config(kBwdConfigs, cases(), only)) {
     Run run(c, ++seed);
     const Status status = run.launch(nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -420,82 +380,25 @@ int run_all(const std::string& only) {
     const uint32_t elements = differing.copy()[0];
     report(c.name, elements == 0 ? "" : std::to_string(elements) + " elements did not repeat");
   }
-  if (!only.empty() && passed + failed == 0) report(only, "no case has this in its name");
+  if (!only.empty() && report.count() == 0) report(only, "no case has this in its name");
 
-  // Two streams at once: nothing is shared between launches.
   if (only.empty()) {
-    cudaStream_t streams[2];
-    for (cudaStream_t& stream : streams) {
-      CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    }
     const int head_dim = kBwdConfigs[0].config.head_dim;
     const MaskKind causal = MaskKind::kCausal;
-    Run left({"", small_problem(DType::kBF16, 4, 257, 257, 4, 4, head_dim, causal)}, 1001);
-    Run right({"", small_problem(DType::kF16, 4, 321, 129, 4, 2, head_dim, causal)}, 1002);
-    for (int i = 0; i < 20; ++i) {
-      report("two streams", left.launch(streams[0]).message);
-      report("two streams", right.launch(streams[1]).message);
-    }
-    CHECK_CUDA(cudaDeviceSynchronize());
-    report("first of two streams", left.verify());
-    report("second of two streams", right.verify());
+    Run left({"", problem(DType::kBF16, 4, 257, 257, 4, 4, head_dim, causal)}, 1001);
+    Run right({"", problem(DType::kF16, 4, 321, 129, 4, 2, head_dim, causal)}, 1002);
+    run_on_two_streams(left, right, report);
   }
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed == 0 ? 0 : 1;
+  return report.finish();
 }
 
-// Launches of varied shapes in a random order, back to back; the results of each are compared on
-// the device with those of its shape's first, and those with the definition.
 int soak(int launches) {
-  const std::vector<Case> shapes = on_every_config(cases(), "");
-  std::vector<std::unique_ptr<Run>> runs;
-  int failed = 0;
-  for (const Case& c : shapes) runs.push_back(std::make_unique<Run>(c, 77));
-  DeviceArray<uint32_t> differing(shapes.size());
-  differing.zero(nullptr);
-  std::mt19937 generator(1);
-  for (int i = 0; i < launches; ++i) {
-    const bool first = static_cast<size_t>(i) < shapes.size();
-    const size_t shape = first ? i : generator() % shapes.size();
-    std::string wrong = runs[shape]->launch(nullptr).message;
-    if (first && wrong.empty()) {
-      CHECK_CUDA(cudaDeviceSynchronize());
-      wrong = runs[shape]->verify();
-    }
-    if (!wrong.empty()) {
-      std::printf("FAILED %s: %s\n", shapes[shape].name.c_str(), wrong.c_str());
-      return 1;
-    }
-    runs[shape]->compare_with_first(differing.get() + shape, nullptr);
-  }
-  CHECK_CUDA(cudaDeviceSynchronize());
-  const std::vector<uint32_t> elements = differing.copy();
-  for (size_t shape = 0; shape < shapes.size(); ++shape) {
-    if (elements[shape] == 0) continue;
-    ++failed;
-    std::printf("FAILED %s: %u elements differed\n", shapes[shape].name.c_str(), elements[shape]);
-  }
-  std::printf("%d launches over %zu shapes, %d shapes changed\n", launches, shapes.size(), failed);
-  return failed == 0 ? 0 : 1;
+  return soak_shapes<Run>(on_every_config(kBwdConfigs, cases(), ""), launches, true);
 }
 
 }  // namespace
 }  // namespace jax_fa3
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("no GPU: nothing was tested\n");
-    return 3;
-  }
-  const std::string argument = argc > 1 ? argv[1] : "--only=";
-  const std::string soak = "--soak=", only = "--only=";
-  if (argc <= 2 && argument.rfind(soak, 0) == 0) {
-    return jax_fa3::soak(std::atoi(argument.c_str() + soak.size()));
-  }
-  if (argc <= 2 && argument.rfind(only, 0) == 0) {
-    return jax_fa3::run_all(argument.substr(only.size()));
-  }
-  std::fprintf(stderr, "usage: bwd_device [--only=TEXT | --soak=LAUNCHES]\n");
-  return 2;
+  return jax_fa3::device_main(argc, argv, "bwd_device", jax_fa3::run_all, jax_fa3::soak);
 }

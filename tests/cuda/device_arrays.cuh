@@ -1,12 +1,11 @@
 // What programs that launch kernels without JAX share: arrays on the device, 16-bit numbers on the
-// host, and small problems.
+// host.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -71,22 +70,6 @@ class DeviceArray {
   size_t count_;
   T* data_ = nullptr;
 };
-
-inline Problem small_problem(DType dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                             int64_t heads_q, int64_t heads_k, int64_t head_dim, MaskKind mask) {
-  Problem p;
-  p.dtype = dtype;
-  p.batch = p.batch_q = p.batch_k = p.batch_v = batch;
-  p.batch_map.size[0] = static_cast<int32_t>(batch);
-  p.seqlen_q = seqlen_q;
-  p.seqlen_k = seqlen_k;
-  p.heads_q = heads_q;
-  p.heads_k = heads_k;
-  p.head_dim = head_dim;
-  p.mask = mask;
-  p.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  return p;
-}
 
 // Which of the operands' own batch rows a row of the output reads.
 struct OperandRows {

@@ -10,7 +10,6 @@
 
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
@@ -19,6 +18,8 @@
 #include "cuda/fwd/launch.h"
 #include "cuda/fwd/plan.h"
 #include "tests/cuda/device_arrays.cuh"
+#include "tests/cuda/device_program.cuh"
+#include "tests/cuda/problems.h"
 
 namespace jax_fa3 {
 namespace {
@@ -33,15 +34,6 @@ struct Case {
   int64_t nan = -1;                   // this query holds a NaN
   int64_t check_every = 1;            // queries that are compared with the definition
 };
-
-__global__ void count_differing(const uint32_t* a, const uint32_t* b, size_t count,
-                                uint32_t* differing) {
-  uint32_t here = 0;
-  for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
-    here += a[i] != b[i];
-  }
-  if (here > 0) atomicAdd(differing, here);
-}
 
 // One problem with its arrays, ready to launch any number of times.
 class Run {
@@ -116,23 +108,15 @@ class Run {
   const FwdConfig& config() const { return plan_.named().config; }
 
   // Whether the results are, bit for bit, those of the last call. On the device: adds the number of
-  // words that differ to *differing, and keeps the first results. Results and workspace are
+  // elements that differ to *differing, and keeps the first results. Results and workspace are
   // poisoned behind it.
   void compare_with_first(uint32_t* differing, cudaStream_t stream) {
-    const bool first = first_out_ == nullptr;
-    if (first) {
-      first_out_ = std::make_unique<DeviceArray<uint16_t>>(out_.count());
-      first_lse_ = std::make_unique<DeviceArray<float>>(lse_.count());
-      first_out_->copy_from(out_, stream);
-      first_lse_->copy_from(lse_, stream);
+    if (first_out_ == nullptr) {
+      first_out_ = copy_of(out_, stream);
+      first_lse_ = copy_of(lse_, stream);
     } else {
-      count_differing<<<64, 256, 0, stream>>>(reinterpret_cast<const uint32_t*>(out_.get()),
-                                              reinterpret_cast<const uint32_t*>(first_out_->get()),
-                                              out_.bytes() / 4, differing);
-      count_differing<<<64, 256, 0, stream>>>(reinterpret_cast<const uint32_t*>(lse_.get()),
-                                              reinterpret_cast<const uint32_t*>(first_lse_->get()),
-                                              lse_.bytes() / 4, differing);
-      CHECK_CUDA(cudaGetLastError());
+      count_differing(out_, *first_out_, differing, stream);
+      count_differing(lse_, *first_lse_, differing, stream);
     }
     out_.poison(stream);
     lse_.poison(stream);
@@ -224,7 +208,7 @@ Case make(std::string name, DType dtype, int64_t batch, int64_t seqlen_q, int64_
           int64_t heads_q, int64_t heads_k, int64_t head_dim, MaskKind mask) {
   Case c;
   c.name = std::move(name);
-  c.problem = small_problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, mask);
+  c.problem = problem(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim, mask);
   return c;
 }
 
@@ -312,37 +296,11 @@ std::vector<Case> split_cases() {
   return all;
 }
 
-// Each case on each configuration that takes it, not only on the one that the plan would choose; in
-// a build with JAX_FA3_ABLATION on each variant too.
-std::vector<Case> on_every_config(const std::vector<Case>& some) {
-  std::vector<Case> all;
-  for (const Case& c : some) {
-    for (size_t i = 0; i < kFwdConfigCount; ++i) {
-      const FwdConfig& config = kFwdConfigs[i].config;
-      const Problem& p = c.problem;
-      if (config.dtype != p.dtype || config.head_dim != p.head_dim || config.mask != p.mask)
-        continue;
-      all.push_back(c);
-      all.back().problem.config = static_cast<int>(i);
-      all.back().name += std::string(" on ") + kFwdConfigs[i].name;
-    }
-  }
-  return all;
-}
-
 int run_all(const std::string& only) {
-  int passed = 0, failed = 0, redone_cases = 0;
-  const auto report = [&](const std::string& name, const std::string& wrong) {
-    if (wrong.empty()) {
-      ++passed;
-    } else {
-      ++failed;
-      std::printf("FAILED %s: %s\n", name.c_str(), wrong.c_str());
-    }
-  };
+  Report report;
+  int redone_cases = 0;
   uint32_t seed = 0;
-  for (const Case& c : on_every_config(cases())) {
-    if (c.name.find(only) == std::string::npos) continue;
+  for (const Case& c : on_every_config(kFwdConfigs, cases(), only)) {
     Run run(c, ++seed);
     const Status status = run.launch(nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -358,8 +316,7 @@ int run_all(const std::string& only) {
 
   // Cut into pieces, and the same bits whichever piece is done last.
   DeviceArray<uint32_t> differing(1);
-  for (const Case& c : on_every_config(split_cases())) {
-    if (c.name.find(only) == std::string::npos) continue;
+  for (const Case& c : on_every_config(kFwdConfigs, split_cases(), only)) {
     Run run(c, ++seed);
     const Status status = run.launch(nullptr);
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -369,81 +326,32 @@ int run_all(const std::string& only) {
     if (leaves_range && run.config().softmax == Softmax::kLazy) {
       report(c.name, run.redone() > 0 ? "" : "was not done again");
     }
-    CHECK_CUDA(cudaMemset(differing.get(), 0, 4));
+    differing.zero(nullptr);
     for (int i = 0; i < 20; ++i) {
       run.compare_with_first(differing.get(), nullptr);
       report(c.name, run.launch(nullptr).message);
     }
     run.compare_with_first(differing.get(), nullptr);
-    const uint32_t words = differing.copy()[0];
-    report(c.name, words == 0 ? "" : std::to_string(words) + " words differ between launches");
+    const uint32_t elements = differing.copy()[0];
+    report(c.name, elements == 0 ? "" : std::to_string(elements) + " elements did not repeat");
   }
 
-  // Two streams at once: nothing is shared between launches.
-  cudaStream_t streams[2];
-  for (cudaStream_t& stream : streams) {
-    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  }
   Run left(make("", DType::kBF16, 4, 257, 257, 4, 4, 128, MaskKind::kCausal), 1001);
   Run right(make("", DType::kBF16, 4, 321, 129, 4, 2, 64, MaskKind::kCausal), 1002);
-  for (int i = 0; i < 20; ++i) {
-    report("two streams", left.launch(streams[0]).message);
-    report("two streams", right.launch(streams[1]).message);
-  }
-  CHECK_CUDA(cudaDeviceSynchronize());
-  report("first of two streams", left.verify());
-  report("second of two streams", right.verify());
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed == 0 ? 0 : 1;
+  run_on_two_streams(left, right, report);
+  return report.finish();
 }
 
-// Launches of varied shapes in a random order, back to back, static and dynamic schedules, split
-// and whole; the results of each are compared on the device with those of its shape's first.
+// Static and dynamic schedules, split and whole.
 int soak(int launches) {
-  std::vector<Case> shapes = on_every_config(cases());
-  for (const Case& c : on_every_config(split_cases())) shapes.push_back(c);
-  std::vector<std::unique_ptr<Run>> runs;
-  for (const Case& c : shapes) runs.push_back(std::make_unique<Run>(c, 77));
-  DeviceArray<uint32_t> differing(shapes.size());
-  CHECK_CUDA(cudaMemset(differing.get(), 0, 4 * shapes.size()));
-  std::mt19937 generator(1);
-  for (int i = 0; i < launches; ++i) {
-    const size_t shape = static_cast<size_t>(i) < shapes.size() ? i : generator() % shapes.size();
-    if (const Status status = runs[shape]->launch(nullptr); !status.ok()) {
-      std::printf("FAILED %s: %s\n", shapes[shape].name.c_str(), status.message.c_str());
-      return 1;
-    }
-    runs[shape]->compare_with_first(differing.get() + shape, nullptr);
-  }
-  CHECK_CUDA(cudaDeviceSynchronize());
-  const std::vector<uint32_t> words = differing.copy();
-  int failed = 0;
-  for (size_t shape = 0; shape < shapes.size(); ++shape) {
-    if (words[shape] == 0) continue;
-    ++failed;
-    std::printf("FAILED %s: %u words differed\n", shapes[shape].name.c_str(), words[shape]);
-  }
-  std::printf("%d launches over %zu shapes, %d shapes changed\n", launches, shapes.size(), failed);
-  return failed == 0 ? 0 : 1;
+  std::vector<Case> shapes = cases();
+  for (const Case& c : split_cases()) shapes.push_back(c);
+  return soak_shapes<Run>(on_every_config(kFwdConfigs, shapes, ""), launches, false);
 }
 
 }  // namespace
 }  // namespace jax_fa3
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("no GPU: nothing was tested\n");
-    return 3;
-  }
-  const std::string argument = argc > 1 ? argv[1] : "--only=";
-  const std::string soak = "--soak=", only = "--only=";
-  if (argc <= 2 && argument.rfind(soak, 0) == 0) {
-    return jax_fa3::soak(std::atoi(argument.c_str() + soak.size()));
-  }
-  if (argc <= 2 && argument.rfind(only, 0) == 0) {
-    return jax_fa3::run_all(argument.substr(only.size()));
-  }
-  std::fprintf(stderr, "usage: fwd_device [--only=TEXT | --soak=LAUNCHES]\n");
-  return 2;
+  return jax_fa3::device_main(argc, argv, "fwd_device", jax_fa3::run_all, jax_fa3::soak);
 }

@@ -8,20 +8,10 @@
 #include <tuple>
 
 #include "cuda/core/named_configs.h"
+#include "tests/cuda/problems.h"
 
 namespace jax_fa3 {
 namespace {
-
-Problem problem(int64_t batch, int64_t seqlen, int64_t heads, int64_t head_dim, MaskKind mask) {
-  Problem p;
-  p.batch = p.batch_q = p.batch_k = p.batch_v = batch;
-  p.seqlen_q = p.seqlen_k = seqlen;
-  p.heads_q = p.heads_k = heads;
-  p.head_dim = head_dim;
-  p.mask = mask;
-  p.scale = 0.125f;
-  return p;
-}
 
 FwdPlan planned(const Problem& p) {
   FwdPlan plan;

@@ -16,7 +16,7 @@
 
 #include "cuda/bwd/two_pass/key_pass.cuh"
 #include "cuda/bwd/two_pass/query_pass.cuh"
-#include "cuda/ptx/tma.cuh"
+#include "cuda/core/set_up.cuh"
 #include "cuda/ptx/warp.cuh"
 
 namespace jax_fa3 {
@@ -33,19 +33,8 @@ __global__ void __launch_bounds__(Config::value.threads(), 1)
   const bool makes_keys = (blockIdx.x < first) == params.keys_first;
   const uint32_t index = blockIdx.x < first ? blockIdx.x : blockIdx.x - first;
 
-  if (threadIdx.x == 0) {
-    ptx::tma_prefetch_map(params.q_map);
-    ptx::tma_prefetch_map(params.k_map);
-    ptx::tma_prefetch_map(params.v_map);
-    ptx::tma_prefetch_map(params.dout_map);
-    if (makes_keys) {
-      key_rings.init();
-    } else {
-      query_rings.init();
-    }
-    ptx::mbarrier_fence_init();
-  }
-  __syncthreads();
+  const auto init = [&] { makes_keys ? key_rings.init() : query_rings.init(); };
+  set_up(init, params.q_map, params.k_map, params.v_map, params.dout_map);
 
   const int warpgroup = ptx::warpgroup_index();
   if (warpgroup == BwdConfig::kQueryWarpgroups) {

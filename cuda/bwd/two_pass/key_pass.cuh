@@ -13,10 +13,10 @@
 //   values --probs_full[s]--> keys --probs_empty[s]--> values
 #pragma once
 
+#include "cuda/bwd/key_rows.cuh"
 #include "cuda/bwd/two_pass/work.cuh"
 #include "cuda/core/accumulator.cuh"
 #include "cuda/core/operand_batch.cuh"
-#include "cuda/core/unpack.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -54,10 +54,7 @@ struct KeyPassRings {
     ptx::mbarrier_init(v_full, 1);
     q_ring.init(8);  // the warps of both warpgroups
     dout_ring.init(8);
-    for (int stage = 0; stage < kConfig.dscores_stages; ++stage) {
-      ptx::mbarrier_init(probs_ring.full_barrier(stage), 4);
-      ptx::mbarrier_init(probs_ring.empty_barrier(stage), 4);
-    }
+    probs_ring.init(4, 4);
   }
 };
 
@@ -104,115 +101,31 @@ __device__ __forceinline__ void load_key_pass(const BwdParams& params,
 
 // What the two warpgroups have in common.
 template <class Config>
-class KeyPassWarpgroup {
+class KeyPassWarpgroup : protected KeyRows<Config> {
  protected:
-  static constexpr BwdConfig kConfig = Config::value;
-  static constexpr int kHeadDim = kConfig.head_dim;
-  static constexpr int kTileM = kConfig.tile_m;
-  static constexpr int kScores = kTileM / 2;  // accumulators a lane: 64 x kTileM over 128 lanes
-  static constexpr int kGrads = kHeadDim / 2;
   using Position = typename KeyPassRings<Config>::Position;
 
   __device__ __forceinline__ KeyPassWarpgroup(const BwdParams& params,
                                               const KeyPassRings<Config>& rings,
                                               const KeyWork& work)
-      : params_(params),
+      : KeyRows<Config>(params, work, 0),
         rings_(rings),
-        work_(work),
         total_(params.group * (work.steps.end - work.steps.begin)) {
-    stats_lane_ = 4 * accumulator_column();
+    this->stats_lane_ = 4 * accumulator_column();
     probs_lane_ = threadIdx.x % ptx::kWarpgroupSize * 16;
     // Opaque, or ptxas works them out anew in every step.
-    asm volatile("" : "+r"(stats_lane_), "+r"(probs_lane_));
+    asm volatile("" : "+r"(this->stats_lane_), "+r"(probs_lane_));
   }
 
-  // The transposed product of the CTA's keys (or values) with a stage's queries (or dout).
-  __device__ __forceinline__ void issue_transposed(float (&product)[kScores], uint32_t key_tile,
-                                                   uint32_t query_tiles, int stage) const {
-    using Mma = ptx::Wgmma<kConfig.dtype, kTileM>;
-    const ptx::SmemOperand keys = ptx::k_major_operand(key_tile);
-    const ptx::SmemOperand queries = ptx::k_major_operand(query_tiles + stage * kConfig.q_bytes());
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      const int chunk = step / 4, within = step % 4 * 32;
-      Mma::template ss<ptx::Major::kK, ptx::Major::kK>(
-          product, keys.descriptor(chunk * kConfig.tile_n() * 128 + within),
-          queries.descriptor(chunk * kTileM * 128 + within), step > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // gradient += fragments [64 keys, kTileM queries] times a stage's rows, queries contracted.
-  __device__ __forceinline__ void issue_gradient(float (&gradient)[kGrads],
-                                                 const uint32_t (&fragments)[kScores / 2],
-                                                 uint32_t query_tiles, int stage) const {
-    using Mma = ptx::Wgmma<kConfig.dtype, kHeadDim>;
-    const ptx::SmemOperand rows =
-        ptx::mn_major_operand(query_tiles + stage * kConfig.q_bytes(), kTileM * 128);
-#pragma unroll
-    for (int step = 0; step < kTileM / 16; ++step) {
-      Mma::template rs<ptx::Major::kMN>(gradient, fragments[4 * step], fragments[4 * step + 1],
-                                        fragments[4 * step + 2], fragments[4 * step + 3],
-                                        rows.descriptor(step * 16 * 128), 1);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // A stage's lse or delta at the lane's columns 8 j and 8 j + 1.
-  struct Stats {
-    float2 pairs[kTileM / 8];
-  };
-  __device__ __forceinline__ Stats load_stats(uint32_t rows, int stage) const {
-    const uint32_t row = rows + stage * kConfig.stats_bytes() + stats_lane_;
-    Stats stats;
-#pragma unroll
-    for (int j = 0; j < kTileM / 8; ++j) {
-      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                   : "=f"(stats.pairs[j].x), "=f"(stats.pairs[j].y)
-                   : "r"(row + 32 * j)
-                   : "memory");
-    }
-    return stats;
-  }
-
-  // The lane's two rows of dK or dV, [batch, seqlen_k, heads_k, head_dim].
-  template <class StoreRow>
-  __device__ __forceinline__ void for_rows(void* tensor, const StoreRow& store_row) const {
-    const int32_t key = first_key() + accumulator_row();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t token = static_cast<int64_t>(work_.batch) * params_.seqlen_k + key + 8 * r;
-      auto* const row =
-          reinterpret_cast<uint4*>(static_cast<uint16_t*>(tensor) +
-                                   (token * params_.grid.heads_k + work_.head_k) * kHeadDim);
-      store_row(r, row, key + 8 * r < params_.seqlen_k);
-    }
-  }
-  __device__ __forceinline__ void store(const float (&gradient)[kGrads], float scale,
-                                        void* tensor) const {
-    for_rows(tensor, [&](int r, uint4* row, bool valid) {
-      store_row<kConfig.dtype>(gradient, r, scale, row, valid);
-    });
-  }
-  // Of keys that no query sees.
-  __device__ __forceinline__ void store_zeros(void* tensor) const {
-    for_rows(tensor, [&](int, uint4* row, bool valid) { store_zero_row<kHeadDim>(row, valid); });
-  }
-
-  __device__ __forceinline__ int32_t first_key() const { return work_.n_tile * kConfig.tile_n(); }
-
-  const BwdParams& params_;
   const KeyPassRings<Config>& rings_;
-  const KeyWork& work_;
   const int32_t total_;  // steps
-  uint32_t stats_lane_;  // byte offset of the lane's columns in a row of lse or delta
   uint32_t probs_lane_;  // byte offset of the lane's words in a stage of probs
 };
 
 template <class Config>
 class ValueWarpgroup : KeyPassWarpgroup<Config> {
   using Base = KeyPassWarpgroup<Config>;
-  using Base::kConfig, Base::kGrads, Base::kScores, Base::kTileM;
+  using Base::kConfig, Base::kGrads, Base::kScores;
   using Base::params_, Base::rings_, Base::work_, Base::total_;
   using typename Base::Position, typename Base::Stats;
 
@@ -276,17 +189,9 @@ class ValueWarpgroup : KeyPassWarpgroup<Config> {
   // P^T of a step, rounded, for this warpgroup and the other.
   __device__ __forceinline__ void make_probs(float (&scores)[kScores], const Stats& lse,
                                              uint32_t (&probs)[kScores / 2]) {
-    if (m_ < unmasked_begin_) mask(scores);
+    if (m_ < unmasked_begin_) this->mask(m_, scores);
     if (++m_ == work_.steps.end) m_ = work_.steps.begin;
-#pragma unroll
-    for (int j = 0; j < kTileM / 8; ++j) {
-#pragma unroll
-      for (int i = 4 * j; i < 4 * j + 4; i += 2) {
-        scores[i] = ptx::exp2_approx(__fmaf_rn(scores[i], params_.scale_log2, -lse.pairs[j].x));
-        scores[i + 1] =
-            ptx::exp2_approx(__fmaf_rn(scores[i + 1], params_.scale_log2, -lse.pairs[j].y));
-      }
-    }
+    this->exponentiate(scores, lse);
     pack_fragments<kConfig.dtype>(scores, probs);
     ptx::fence_registers(probs);
 
@@ -306,23 +211,6 @@ class ValueWarpgroup : KeyPassWarpgroup<Config> {
     probs_at_.advance();
   }
 
-  // A row of the lane is seen by queries from its first one on.
-  __device__ __forceinline__ void mask(float (&scores)[kScores]) const {
-    const int32_t key = this->first_key() + accumulator_row();
-    const int32_t first = m_ * kTileM + accumulator_column();
-    int32_t limit[2] = {
-        first_visible_query<kConfig.mask>(key, params_.seqlen_k, work_.diagonal) - first,
-        first_visible_query<kConfig.mask>(key + 8, params_.seqlen_k, work_.diagonal) - first};
-    // Without a causal mask a row is seen by all or by none. ptxas must not make a branch of that:
-    // it would diverge, and wgmma around it be serialized.
-    asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = i / 4 * 8 + i % 2;
-      if (column < limit[i / 2 % 2]) scores[i] = -INFINITY;
-    }
-  }
-
   int32_t m_;
   const int32_t unmasked_begin_;
   Position at_;
@@ -332,7 +220,7 @@ class ValueWarpgroup : KeyPassWarpgroup<Config> {
 template <class Config>
 class KeyGradientWarpgroup : KeyPassWarpgroup<Config> {
   using Base = KeyPassWarpgroup<Config>;
-  using Base::kConfig, Base::kGrads, Base::kScores, Base::kTileM;
+  using Base::kConfig, Base::kGrads, Base::kScores;
   using Base::params_, Base::rings_, Base::total_;
   using typename Base::Position, typename Base::Stats;
 
@@ -360,7 +248,7 @@ class KeyGradientWarpgroup : KeyPassWarpgroup<Config> {
 
 #pragma unroll 1
     for (int32_t left = total_; left > 1; --left) {
-      differentiate(dprobs, delta, dscores);
+      make_dscores(dprobs, delta, dscores);
       Position next = at_;
       next.advance();
       rings_.q_ring.wait(at_);
@@ -381,7 +269,7 @@ class KeyGradientWarpgroup : KeyPassWarpgroup<Config> {
       at_ = next;
     }
 
-    differentiate(dprobs, delta, dscores);
+    make_dscores(dprobs, delta, dscores);
     rings_.q_ring.wait(at_);
     ptx::fence_registers(dk);
     ptx::wgmma_fence();
@@ -393,8 +281,8 @@ class KeyGradientWarpgroup : KeyPassWarpgroup<Config> {
 
  private:
   // dS^T of a step, rounded, from the other warpgroup's P^T.
-  __device__ __forceinline__ void differentiate(const float (&dprobs)[kScores], const Stats& delta,
-                                                uint32_t (&dscores)[kScores / 2]) {
+  __device__ __forceinline__ void make_dscores(const float (&dprobs)[kScores], const Stats& delta,
+                                               uint32_t (&dscores)[kScores / 2]) {
     uint32_t probs[kScores / 2];
     rings_.probs_ring.wait(probs_at_);
     const uint32_t address =
@@ -406,15 +294,7 @@ class KeyGradientWarpgroup : KeyPassWarpgroup<Config> {
                    : "r"(address + i * 512)
                    : "memory");
     }
-#pragma unroll
-    for (int j = 0; j < kTileM / 8; ++j) {
-#pragma unroll
-      for (int i = 4 * j; i < 4 * j + 4; i += 2) {
-        const float2 p = unpack<kConfig.dtype>(probs[i / 2]);
-        dscores[i / 2] = pack<kConfig.dtype>(p.x * (dprobs[i] - delta.pairs[j].x),
-                                             p.y * (dprobs[i + 1] - delta.pairs[j].y));
-      }
-    }
+    this->differentiate(probs, dprobs, delta, dscores);
     __syncwarp();
     rings_.probs_ring.release(probs_at_);
     probs_at_.advance();

@@ -261,11 +261,7 @@ class QueryWarpgroup {
         visible_keys<kConfig.mask>(row, params_.seqlen_k, work_.diagonal) - first,
         visible_keys<kConfig.mask>(row + 8, params_.seqlen_k, work_.diagonal) - first};
     asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));  // as in key_pass.cuh
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = i / 4 * 8 + i % 2;
-      if (column >= limit[i / 2 % 2]) scores[i] = -INFINITY;
-    }
+    mask_from(scores, limit);
   }
 
   __device__ __forceinline__ uint32_t key_tile(const Position& at) const {
