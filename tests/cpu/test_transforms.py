@@ -230,6 +230,8 @@ def test_memory_for_what_is_not_mapped_does_not_grow_with_the_axis(case, mapped,
     Where keys are mapped the forward's out, and what it is made of, has rows of the query's size:
     there the backward alone.
     """
+    if mapped != (0,) and case["dtype"] == jnp.bfloat16 and jax.__version_info__ < (0, 11):
+        pytest.skip("XLA for CPUs before JAX 0.11 copies all rows of out and dout in float32")
     monkeypatch.setattr(_primitive, "_ROWS_BYTES", 0)  # no row of these is small
     t, s = (2, 2048) if mapped == (0,) else (2048, 2)
     shapes = [(1, length, 2, 64) for length in (t, s, s)]
