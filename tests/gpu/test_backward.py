@@ -36,6 +36,7 @@ from helpers import BWD_TARGET, FWD_TARGET, assert_close, assert_same_bits, norm
 from kernel_helpers import DTYPES, HEAD_DIMS, attend, see_causal
 
 import jax_fa3
+from jax_fa3 import _primitive
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 head_dims = pytest.mark.parametrize("h", HEAD_DIMS)
@@ -365,7 +366,10 @@ def test_vmap_of_grad_has_a_gradient_for_every_row(axes, h):
 
 @both_designs
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
-def test_grad_of_vmap_sums_over_the_rows_that_share_an_operand(axes, h):
+@pytest.mark.parametrize("at_once", [True, False], ids=["rows at once", "row by row"])
+def test_grad_of_vmap_sums_over_the_rows_that_share_an_operand(axes, h, at_once, monkeypatch):
+    if not at_once:
+        monkeypatch.setattr(_primitive, "_ROWS_BYTES", 0)
     args, cts = mapped_problem(axes, h)
     f = jax.vmap(functools.partial(attend, is_causal=True), axes)
     got = jax.jit(lambda args, cts: jax.vjp(f, *args)[1](cts))(args, cts)
