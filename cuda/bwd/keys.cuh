@@ -85,6 +85,7 @@ class KeyWarpgroup : KeyRows<Config> {
     float product[kScores];
     const StepOrder<Config> order(params_, work_.steps);
     int32_t m = order.first + unseen;
+    if (m == order.end) m = order.first;  // none of the first head's
 #pragma unroll 1
     for (; unseen > 0; --unseen) pass_over();
     ptx::mbarrier_wait(rings_.k_full, 0);
