@@ -1039,7 +1039,9 @@ def test_the_demos_of_two_attentions_are_compared_step_by_step(report):
         "first_loss": 5.5,
         "final_validation_loss": 2.5,
         "losses": [5.5, 4.0, 3.0],
+        "comparison": {"losses": [[5.5, 4.0], [5.5, 4.004]]},
         "settings": {
+            "steps": 3,
             "layers": 2,
             "model_dim": 64,
             "query_heads": 4,
@@ -1059,5 +1061,8 @@ def test_the_demos_of_two_attentions_are_compared_step_by_step(report):
     assert "docs/figures/demo.svg" in text
     assert report.demo_figure([run, other]).count("<polyline") == 4  # two curves, two legends
     assert "differ" not in report.demo_block([run]), "one run has nothing to be compared with"
+    assert "| 1e-03 (2 steps) |" in text
     elsewhere = {**other, "settings": {**run["settings"], "layers": 3}}
     assert "differ" not in report.demo_block([run, elsewhere])
+    ended_early = {**other, "steps": 2, "losses": [5.5, 4.01]}
+    assert "differ" not in report.demo_block([run, ended_early]), "another learning rate schedule"
