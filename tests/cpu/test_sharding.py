@@ -439,6 +439,29 @@ def test_a_part_of_the_queries_knows_where_it_begins(options, spec):
     assert_close(grads, right[1], jnp.float32, scale=6)
 
 
+@pytest.mark.parametrize(
+    ("q_spec", "kv_spec"),
+    [(P("data", None, "heads"), P("data", None, "heads")), (P(None, "data"), P())],
+    ids=["batch and heads", "query sequence"],
+)
+def test_a_second_derivative_of_the_xla_path_over_explicit_axes(q_spec, kv_spec):
+    args = operands(CASES["xla"])
+
+    def second(attention, whole):
+        cube = lambda *a: (whole(attention(*a, is_causal=True)[0]) ** 3).sum()
+        norm = lambda *a: sum((whole(g) ** 2).sum() for g in jax.grad(cube, (0, 1, 2))(*a))
+        return jax.jit(jax.grad(norm, (0, 1, 2)))
+
+    right = second(exact, lambda x: x)(*args)
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        xla = functools.partial(attend, implementation="xla")
+        got = second(xla, lambda x: jax.sharding.reshard(x, P()))(
+            *placed(args, mesh, q_spec, kv_spec)
+        )
+    assert_close(jax.tree.map(np.asarray, got), right, jnp.float32, scale=16)
+
+
 # --- Partial-manual meshes and vmap over a mesh axis -------------------------------------------
 
 
