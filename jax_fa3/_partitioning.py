@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
@@ -32,12 +33,14 @@ class Call(NamedTuple):
       local: what one device does: (split, mesh axis sizes, the results' partitions by name, its
         part of the arrays) -> its part of the results.
       operands, results: names in CORE_DIMS, the query first; a gradient has its operand's.
+      key: text of what else `local` depends on.
     """
 
     whole: Callable[..., Sequence[jax.Array]]
     local: Callable[..., Sequence[jax.Array]]
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    key: str
 
 
 def has_axes(ctx: Any) -> bool:
@@ -91,7 +94,9 @@ def lower(ctx: Any, operands: Sequence[Any], call: Call) -> Any:
         )
 
         def local(*arrays):
-            return list(call.local(split, mesh.shape, outside, *arrays))
+            # XLA asks while the program is compiled, under whatever mesh is ambient there.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                return list(call.local(split, mesh.shape, outside, *arrays))
 
         shardings = [[NamedSharding(mesh, p) for p in side.values()] for side in (outside, inside)]
         return mesh, local, shardings[0], tuple(shardings[1])
@@ -115,7 +120,14 @@ def lower(ctx: Any, operands: Sequence[Any], call: Call) -> Any:
     )
     plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
     rule = mlir.lower_fun(split_call, multiple_results=True)
-    return rule(ctx.replace(module_context=module_context, avals_in=plain), *operands)
+    results = rule(ctx.replace(module_context=module_context, avals_in=plain), *operands)
+    # The call itself says no more than where `partition` lies in memory. JAX's persistent cache
+    # must not take a program with another mask or scale for this one.
+    attributes = results[0].owner.attributes
+    if "call_target_name" in attributes:  # not where the devices turned out to be one
+        said = mlir.ir.StringAttr.get(repr((call.operands, call.results, call.key)))
+        attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get({"jax_fa3": said})
+    return results
 
 
 # --- Shardy: which dims of the arrays belong together ---
@@ -165,15 +177,13 @@ def _split(
     tiles = [_tiles(x.sharding, len(x.shape)) for x in arrays]
     for sizes in _factorizations(count):
         mesh = _mesh(sizes)
-        axes = [_axes(t, len(x.shape), mesh) for t, x in zip(tiles, arrays, strict=True)]
-        if None not in axes:
+        told = [_axes(t, len(x.shape), mesh) for t, x in zip(tiles, arrays, strict=True)]
+        if None not in told:
             break
-    else:  # shardings that no one mesh has: gather those that the last one has not
-        axes = [a if a is not None else [()] * len(x.shape) for a, x in zip(axes, arrays)]
-    placed = [
-        (name, x.shape, a)
-        for name, x, a in zip((*call.operands, *call.results), arrays, axes)  # strict: no results
-    ]
+    # Where no one mesh has all shardings, those that the last one has not are gathered.
+    axes = [a or [()] * len(x.shape) for a, x in zip(told, arrays, strict=True)]
+    names = (*call.operands, *call.results)[: len(arrays)]
+    placed = [(name, x.shape, a) for name, x, a in zip(names, arrays, axes, strict=True)]
     heads_k = arguments[call.operands.index("key")].shape[-2]
     split = split_of(placed, mesh.shape, heads_k=heads_k, can_communicate=can_communicate)
     return mesh, split
@@ -215,10 +225,10 @@ def _axes(tiles: np.ndarray | None, rank: int, mesh: AbstractMesh) -> list[Axes]
     for axis, size in mesh.shape.items():
         stride //= size
         by_stride[stride] = (axis, size)
-    tiles = tiles.reshape(*tiles.shape[:rank], -1)[..., 0] - tiles.flat[0]
+    numbers_of = np.asarray(tiles.reshape(*tiles.shape[:rank], -1)[..., 0] - tiles.flat[0])
     found, told = [], np.zeros((), int)
     for dim in range(rank):
-        line = np.moveaxis(tiles, dim, 0).reshape(tiles.shape[dim], -1)[:, 0]
+        line = np.moveaxis(numbers_of, dim, 0).reshape(numbers_of.shape[dim], -1)[:, 0]
         axes: list[Any] = []
         numbers = np.zeros(1, int)  # what the axes found tell of the line, minor first
         while len(numbers) < len(line):
@@ -232,4 +242,4 @@ def _axes(tiles: np.ndarray | None, rank: int, mesh: AbstractMesh) -> list[Axes]
         if len(numbers) != len(line):
             return None
         told = np.add.outer(told, numbers)
-    return found if np.array_equal(tiles, told) else None
+    return found if np.array_equal(numbers_of, told) else None

@@ -229,8 +229,8 @@ def _fwd_abstract(*avals, names, spec, fallback):
     )
 
 
-def _bwd_abstract(*avals, names, spec):
-    del spec
+def _bwd_abstract(*avals, names, spec, has_axes=False):
+    del spec, has_axes
     ranks = _core_ranks(names) + _BWD_CORE_RANKS
     _check_varying(avals)
     batch = _batch_of([a.shape for a in avals], ranks)
@@ -294,7 +294,8 @@ def _xla_forward(*arrays, names, spec, fallback):
     return _over_broadcast(attend, ranks, arrays)
 
 
-def _xla_backward(*arrays, names, spec):
+def _xla_backward(*arrays, names, spec, has_axes=False):
+    del has_axes
     ranks = _core_ranks(names) + _BWD_CORE_RANKS
     batch = _batch_of([x.shape for x in arrays], ranks)
     wanted = _differentiable(names)
@@ -443,7 +444,8 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
     )
 
 
-def _lower_backward_cuda(ctx, *operands, names, spec):
+def _lower_backward_cuda(ctx, *operands, names, spec, has_axes=False):
+    del has_axes
     dq, dk = ctx.avals_out[:2]
     why_not = _native.why_not()
     if why_not or not (dq.size or dk.size):
@@ -501,7 +503,8 @@ def _forward_call(*, names, **params) -> _partitioning.Call:
         return fwd_p.bind(*arrays, **{**params, "names": here, "spec": spec})
 
     whole = functools.partial(fwd_p.bind, names=names, **params)
-    return _partitioning.Call(whole, local, names, ("out", "lse"))
+    key = f"{_native.FWD_TARGET} {params}"
+    return _partitioning.Call(whole, local, names, ("out", "lse"), key)
 
 
 def _backward_call(*, names, **params) -> _partitioning.Call:
@@ -518,7 +521,8 @@ def _backward_call(*, names, **params) -> _partitioning.Call:
         return list(grads.values())
 
     whole = functools.partial(bwd_p.bind, names=names, **params)
-    return _partitioning.Call(whole, local, (*names, "out", "lse", "dout", "dlse"), wanted)
+    operands, key = (*names, "out", "lse", "dout", "dlse"), f"{_native.BWD_TARGET} {params}"
+    return _partitioning.Call(whole, local, operands, wanted, key)
 
 
 # --- batching ---
@@ -568,7 +572,9 @@ def _summed_dims(shapes, names, summed) -> list[list[int]]:
 
 def _sum_rows(*arrays, names, spec, summed, kernels):
     """Makes the rows and adds them. XLA may split them over devices, as it cannot split a loop."""
-    make_rows = bwd_p.bind if kernels else _xla_backward
+    # JAX keeps a lowering for each set of parameters and types, and here the types name no mesh: a
+    # parameter must tell this call from one that is not split.
+    make_rows = functools.partial(bwd_p.bind, has_axes=True) if kernels else _xla_backward
     grads = make_rows(*arrays, names=names, spec=spec)
     sums = _summed_dims([x.shape for x in arrays], names, summed)
     return [

@@ -90,42 +90,48 @@ def split_of(
     placed = list(placed)
     batch_rank = len(placed[0][1]) - CORE_RANK["query"]
     t, heads_n, _ = placed[0][1][batch_rank:]
-    found: dict[Any, Axes] = {}
-    full: dict[Any, int] = {"t": t, "n": heads_n}
-    for name, shape, axes in placed:
-        dims = [*range(batch_rank), *CORE_DIMS[name]] if name != "sinks" else ["n"]
-        for dim, size, a in zip(dims, shape, axes, strict=True):
-            if isinstance(dim, int):
-                full[dim] = max(size, full.get(dim, 0))
-            if a and size > 1:
-                found.setdefault(dim, tuple(a))
-    if not can_communicate or any(name == "query_descale" for name, _, _ in placed):
-        found.pop("t", None)  # one scale may span several shards of the sequence
+    dims_of = [[*range(batch_rank), *CORE_DIMS[name]] for name, _, _ in placed]
+    dims_of = [["n"] if name == "sinks" else d for (name, _, _), d in zip(placed, dims_of)]
+    full = [
+        max(shape[i] for name, shape, _ in placed if name != "sinks") for i in range(batch_rank)
+    ]
+    # One scale may span several shards of the sequence.
+    t_may_split = can_communicate and all(name != "query_descale" for name, _, _ in placed)
 
-    used: set[Any] = set()
-
-    def take(dim: Any, fits: Callable[[Axes], bool]) -> Axes:
-        """The axes found for a dim, but for those in use and the last ones that do not fit."""
-        axes = tuple(axis for axis in found.get(dim, ()) if axis not in used)
-        while axes and not fits(axes):
-            axes = axes[:-1]
-        used.update(axes)
-        return axes
-
-    def divide(size: int) -> Callable[[Axes], bool]:
-        return lambda axes: size % _count(axes, sizes) == 0
-
-    def heads_fit(axes: Axes) -> bool:
-        if heads_n % _count(axes, sizes):
+    def fits(dim: Any, axes: Axes) -> bool:
+        shards = _count(axes, sizes)
+        if isinstance(dim, int):
+            return full[dim] % shards == 0
+        if dim == "t":
+            return t_may_split and t % shards == 0
+        if heads_n % shards:
             return False
-        keys = _key_axes(axes, heads_k, sizes)
         # Each shard reads whole groups of query heads, or a part of one.
-        shares = (heads_n // heads_k) % (heads_n // _count(axes, sizes)) == 0
-        return keys == axes or (can_communicate and shares)
+        shares = (heads_n // heads_k) % (heads_n // shards) == 0
+        return _key_axes(axes, heads_k, sizes) == axes or (can_communicate and shares)
 
-    batch = tuple(take(i, divide(full[i])) for i in range(batch_rank))
-    n = take("n", heads_fit) or take("k", heads_fit)
-    return Split(batch, take("t", divide(t)), n, _key_axes(n, heads_k, sizes))
+    chosen: dict[Any, Axes] = {}
+
+    def choose(dim: Any, axes: Axes) -> None:
+        """Splits a dim, but for axes in use and the last ones that do not fit."""
+        used = set().union(*chosen.values())
+        axes = tuple(axis for axis in axes if axis not in used)
+        while axes and not fits(dim, axes):
+            axes = axes[:-1]
+        if axes:
+            chosen[dim] = axes
+
+    # Key/value heads count where no query heads are split: those follow them.
+    for wanted, as_dim in (((*range(batch_rank), "t", "n"), None), (("k",), "n")):
+        for (_, shape, axes), dims in zip(placed, dims_of, strict=True):
+            for dim, size, a in zip(dims, shape, axes, strict=True):
+                target = dim if as_dim is None else as_dim
+                if dim in wanted and a and size > 1 and target not in chosen:
+                    choose(target, tuple(a))
+
+    batch = tuple(chosen.get(i, ()) for i in range(batch_rank))
+    n = chosen.get("n", ())
+    return Split(batch, chosen.get("t", ()), n, _key_axes(n, heads_k, sizes))
 
 
 def _key_axes(axes: Axes, heads_k: int, sizes: Mapping[Any, int]) -> Axes:

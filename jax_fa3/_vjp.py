@@ -13,9 +13,11 @@ mapped axis; the primitive is mapped as a call is, and then its rule sees what w
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad, batching, mlir
 
@@ -78,11 +80,21 @@ def _out_and_lse(*arrays, tree, static):
     return arrays[-2:]
 
 
+def _attach_batch(args, dims, **params):
+    """out and lse come out as they are, so they have the mapped axis in full."""
+    args, dims = list(args), list(dims)
+    sizes = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
+    for i in (-2, -1):
+        if sizes and dims[i] is None:
+            args[i], dims[i] = jnp.broadcast_to(args[i], (*sizes, *args[i].shape)), 0
+    return _primitive.batching_rule(attach_p, args, dims, **params)
+
+
 attach_p.multiple_results = True
 attach_p.def_impl(_out_and_lse)
 attach_p.def_abstract_eval(_out_and_lse)
 mlir.register_lowering(attach_p, lambda _, *arrays, **params: _out_and_lse(*arrays, **params))
-batching.primitive_batchers[attach_p] = functools.partial(_primitive.batching_rule, attach_p)
+batching.primitive_batchers[attach_p] = _attach_batch
 ad.primitive_jvps[attach_p] = _attach_jvp
 
 
@@ -106,7 +118,7 @@ def _with_rule_fwd(static, operands, out, lse):
 
 def _with_rule_bwd(static, residuals, cotangents):
     spec, implementation = static
-    backward = _primitive.backward if implementation == "fa3" else _xla_backward
+    backward: Any = _primitive.backward if implementation == "fa3" else _xla_backward
     return _sharding.backward(backward, spec, *residuals, *cotangents), None, None
 
 

@@ -7,6 +7,7 @@ The compiled program is read too: which collectives it has, and what the kernel 
 import contextlib
 import functools
 import importlib
+import re
 
 import helpers
 import jax
@@ -740,6 +741,7 @@ SPLIT_CASES = {
     "query sequence over both axes": (P(None, ("heads", "data")), P(), (2, 2), (4, 1, 2, 64)),
     "both sequences": (P(None, "data"), P(None, "data"), (4, 2), (4, 2, 4, 64)),
     "key sequence": (P("data"), P(None, "data"), (4, 2), (1, 8, 4, 64)),
+    "query sequence, batch of keys": (P(None, "data"), P("data"), (4, 2), (4, 2, 4, 64)),
     "head dim": (P(None, None, None, "data"), P(None, None, None, "data"), (4, 2), (4, 8, 4, 64)),
     "keys alone over heads": (P(), P(None, None, "heads"), (4, 2), (4, 8, 2, 64)),
     "axes in the other order": (P(("heads", "data")), P("data"), (4, 2), (1, 8, 4, 64)),
@@ -844,3 +846,61 @@ def test_an_exported_program_holds_the_bare_kernel_and_a_warning(caplog):
     assert helpers.kernel_calls(exported.mlir_module()) == 1
     assert "CustomSPMDPartitioning" not in exported.mlir_module()
     assert "jax.shard_map" in caplog.text
+
+
+def test_explicit_axes_beside_the_auto_ones_that_split_a_kernel(split_on_the_cpu):
+    """What a device does is traced while the program is compiled, under the ambient mesh."""
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.sharding.Mesh(
+        mesh_of(2, 4, names=("e", "a"), kind=kinds[0]).devices, ("e", "a"), kinds
+    )
+    args = operands(CASES["primitive"], k=1)
+    rows = tuple(jnp.stack([x, -x]) for x in args)
+    f = jax.vmap(functools.partial(attend, is_causal=True))
+    with jax.set_mesh(mesh):
+        sharded = placed(rows, mesh, P("e", None, "a"), P("e"))
+        got = jax.tree.map(np.asarray, jax.jit(f)(*sharded))
+    right = jax.vmap(functools.partial(exact, is_causal=True))(*rows)
+    assert_close(got, right, jnp.bfloat16)
+    assert set(split_on_the_cpu) == {(1, 4, 2, 4, 64)}
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_one_program_sums_rows_inside_and_outside_of_a_shard_map(split_on_the_cpu, inside_first):
+    """Types and shapes are the same: JAX must not take the lowering of one for the other's."""
+    mesh = mesh_of(8, names=("data",), kind=AxisType.Auto)
+    q, k, v = operands(CASES["primitive"], batch=(2,))
+    args = placed((jnp.stack([q, -q, 2 * q]), k, v), mesh, P(), P())
+
+    def gradients(q, k, v):
+        def total(q, k, v):
+            out = jax.vmap(lambda q: attend(q, k, v)[0])(q)
+            return (out.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    inside = jax.shard_map(gradients, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    order = (inside, gradients) if inside_first else (gradients, inside)
+    lowered = jax.jit(lambda *a: [f(*a) for f in order]).lower(*args)
+    assert lowered.as_text().count("@CustomSPMDPartitioning") == 2  # one forward, one backward
+    one, other = lowered.compile()(*args)
+    assert_close(one, other, jnp.bfloat16)
+    assert split_on_the_cpu
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_split_kernels_text_says_what_it_computes():
+    """JAX's persistent cache goes by the text, in which the rest is an address in memory."""
+    mesh = mesh_of(4, names=("data",), kind=AxisType.Auto)
+    args = placed(operands(CASES["primitive"]), mesh, P("data"), P("data"))
+
+    def said(**options):
+        f = lambda *a: jax.vjp(functools.partial(attend, **options), *a)[0]
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        (line,) = [x for x in text.splitlines() if "@CustomSPMDPartitioning" in x]
+        return re.sub(r'backend_config = "\d+"', "", line)
+
+    texts = [said(), said(is_causal=True), said(scale=0.5), said(implementation="fa3")]
+    assert len(set(texts)) == 4
+    assert said(is_causal=True) == texts[1], "the same call, another text: the cache never hits"
+    assert all(helpers.FWD_TARGET in text for text in texts)

@@ -207,6 +207,21 @@ def test_grad_of_a_vmap_of_zero_rows_is_zero_where_nothing_is_mapped(case):
     assert_close(grads[1:], (jnp.zeros_like(k), jnp.zeros_like(v)))
 
 
+@both_doors
+@pytest.mark.parametrize("mapped", [(0,), (2,), (0, 1, 2)], ids=["q", "v", "all"])
+@pytest.mark.parametrize("empty", ["queries", "heads"])
+def test_vmap_where_nothing_is_computed_keeps_the_mapped_axis(case, mapped, empty):
+    """The xla path's empty results depend on no operand, mapped or not."""
+    sizes = {"queries": {"t": 0, "n": 2, "k": 1}, "heads": {"t": 4, "n": 0, "k": 0}}[empty]
+    args = qkv(batch=(2,), s=4, **{**case, **sizes})
+    args = tuple(jnp.stack([x] * SIZE) if i in mapped else x for i, x in enumerate(args))
+    f = jax.vmap(attend, tuple(0 if i in mapped else None for i in range(3)))
+    out, lse = jax.jit(f)(*args)
+    assert out.shape[:2] == lse.shape[:2] == (SIZE, 2)
+    grads = jax.jit(jax.grad(total(f), (0, 1, 2)))(*args)
+    assert [g.shape for g in grads] == [x.shape for x in args]
+
+
 def test_second_derivative_of_a_vmap_over_the_query_alone():
     q, k, v = qkv(batch=(), t=4, s=5)
     q = normal((SIZE, *q.shape))
