@@ -125,7 +125,10 @@ def lower(ctx: Any, operands: Sequence[Any], call: Call) -> Any:
     # must not take a program with another mask or scale for this one.
     attributes = results[0].owner.attributes
     if "call_target_name" in attributes:  # not where the devices turned out to be one
-        said = mlir.ir.StringAttr.get(repr((call.operands, call.results, call.key)))
+        from jax_fa3 import __version__  # which is not there while this module is imported
+
+        all_of_it = (__version__, call.operands, call.results, call.key)
+        said = mlir.ir.StringAttr.get(repr(all_of_it))
         attributes["mhlo.frontend_attributes"] = mlir.ir.DictAttr.get({"jax_fa3": said})
     return results
 
