@@ -79,21 +79,20 @@ def backward(
     else:
         summed = out.ndim - CORE_RANK["query"]
         grads = bwd_sum_p.bind(*arrays, names=names, spec=spec, summed=summed, kernels=kernels)
-    found = dict(zip(_differentiable(names), grads, strict=True))
-    return Operands(**{name: found.get(name) for name in Operands._fields})
+    return _as_operands(_differentiable(names), grads)
 
 
 def is_bindable(operands: Operands) -> bool:
-    """Whether the batch dims of every operand are as `forward` takes them."""
-    return all(x is None or name in _BINDABLE for name, x in operands._asdict().items())
+    """Whether `forward` takes all of these operands."""
+    return all(name in _BINDABLE for name in operands.present())
 
 
 def is_broadcast(operands: Operands, out: jax.Array) -> bool:
     """Whether some operand is 1 in a batch dim in which out is not."""
     batch = out.shape[: -CORE_RANK["query"]]
     return any(
-        x is not None and name in _BINDABLE and x.shape[: x.ndim - CORE_RANK[name]] != batch
-        for name, x in operands._asdict().items()
+        name in _BINDABLE and x.shape[: x.ndim - CORE_RANK[name]] != batch
+        for name, x in operands.present().items()
     )
 
 
@@ -109,16 +108,15 @@ def xla_attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, j
 
 
 def _present(operands: Operands) -> tuple[tuple[str, ...], list[Any]]:
-    pairs = [(n, x) for n, x in zip(Operands._fields, operands, strict=True) if x is not None]
-    names = tuple(name for name, _ in pairs)
+    present = operands.present()
+    names = tuple(present)
     if not set(names) <= set(_BINDABLE):
         raise AssertionError(f"cannot bind {sorted(set(names) - set(_BINDABLE))}")
-    return names, [x for _, x in pairs]
+    return names, list(present.values())
 
 
 def _as_operands(names: Sequence[str], arrays: Sequence[Any]) -> Operands:
-    found = dict(zip(names, arrays, strict=True))
-    return Operands(**{name: found.get(name) for name in Operands._fields})
+    return Operands.of(dict(zip(names, arrays, strict=True)))
 
 
 def _differentiable(names: Sequence[str]) -> tuple[str, ...]:

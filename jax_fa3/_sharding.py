@@ -90,8 +90,6 @@ def split_of(
     placed = list(placed)
     batch_rank = len(placed[0][1]) - CORE_RANK["query"]
     t, heads_n, _ = placed[0][1][batch_rank:]
-    dims_of = [[*range(batch_rank), *CORE_DIMS[name]] for name, _, _ in placed]
-    dims_of = [["n"] if name == "sinks" else d for (name, _, _), d in zip(placed, dims_of)]
     full = [
         max(shape[i] for name, shape, _ in placed if name != "sinks") for i in range(batch_rank)
     ]
@@ -121,13 +119,17 @@ def split_of(
         if axes:
             chosen[dim] = axes
 
+    split_dims = []
+    for name, shape, axes in placed:
+        dims = (*range(batch_rank), *CORE_DIMS[name]) if name != "sinks" else ("n",)
+        split_dims += [(d, a) for d, n, a in zip(dims, shape, axes, strict=True) if a and n > 1]
+    for dim, axes in split_dims:
+        if dim in (*range(batch_rank), "t", "n") and dim not in chosen:
+            choose(dim, axes)
     # Key/value heads count where no query heads are split: those follow them.
-    for wanted, as_dim in (((*range(batch_rank), "t", "n"), None), (("k",), "n")):
-        for (_, shape, axes), dims in zip(placed, dims_of, strict=True):
-            for dim, size, a in zip(dims, shape, axes, strict=True):
-                target = dim if as_dim is None else as_dim
-                if dim in wanted and a and size > 1 and target not in chosen:
-                    choose(target, tuple(a))
+    for dim, axes in split_dims:
+        if dim == "k" and "n" not in chosen:
+            choose("n", axes)
 
     batch = tuple(chosen.get(i, ()) for i in range(batch_rank))
     n = chosen.get("n", ())
@@ -293,10 +295,10 @@ def forward(fun: Forward, spec: AttentionSpec, operands: Operands) -> tuple[jax.
     shapes = {"out": (*batch, t, n, h), "lse": (*batch, n, t)}
 
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        out, lse = fun(*localize(spec, _operands(arrays), split, mesh.shape))
+        out, lse = fun(*localize(spec, Operands.of(arrays), split, mesh.shape))
         return {"out": out, "lse": lse}
 
-    results = _over(mesh, split, local, _arrays(operands), shapes)
+    results = _over(mesh, split, local, operands.present(), shapes)
     *batch, t, n, _ = _dim_axes(jax.typeof(operands.query))
     as_query = Split(tuple(batch), t, n, ())
     if as_query[:3] != split[:3]:
@@ -322,18 +324,18 @@ def backward(
         return fun(spec, operands, out, lse, dout, dlse)
     mesh, split = placement
     rest = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-    arrays = _arrays(operands)
+    arrays = operands.present()
     shapes = {name: x.shape for name, x in arrays.items() if name in DIFFERENTIABLE}
     partitions = {name: split.partition(name, shape) for name, shape in shapes.items()}
 
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        here = _operands(arrays)
+        here = Operands.of(arrays)
         grads = fun(*localize(spec, here, split, mesh.shape), *(arrays[name] for name in rest))
         found = {name: getattr(grads, name) for name in shapes}
         return sum_gradients(found, here, split, mesh.shape, partitions)
 
     grads = _over(mesh, split, local, {**arrays, **rest}, shapes)
-    return _operands(
+    return Operands.of(
         {
             name: _reshard(x, mesh, PartitionSpec(*jax.typeof(arrays[name]).sharding.spec))
             for name, x in grads.items()
@@ -348,7 +350,7 @@ def is_sharded(aval: Any) -> bool:
 
 def _explicit(operands: Operands) -> tuple[Any, Split] | None:
     """The mesh and the split over its Explicit axes; None where they shard nothing."""
-    types = {name: jax.typeof(x) for name, x in _arrays(operands).items()}
+    types = {name: jax.typeof(x) for name, x in operands.present().items()}
     if not any(map(is_sharded, types.values())):
         return None
     meshes = {t.sharding.mesh for t in types.values() if not t.sharding.mesh.empty}
@@ -379,7 +381,7 @@ def _over(
 
     def varying(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         rest = {name: x for name, x in arrays.items() if name not in Operands._fields}
-        return local({**_arrays(vary_alike(_operands(arrays))), **rest})
+        return local({**vary_alike(Operands.of(arrays)).present(), **rest})
 
     return jax.shard_map(
         varying,
@@ -388,14 +390,6 @@ def _over(
         out_specs={name: split.partition(name, shape) for name, shape in shapes.items()},
         axis_names=used,
     )(arrays)
-
-
-def _arrays(operands: Operands) -> dict[str, jax.Array]:
-    return {name: x for name, x in zip(Operands._fields, operands, strict=True) if x is not None}
-
-
-def _operands(arrays: Mapping[str, jax.Array]) -> Operands:
-    return Operands(**{name: arrays.get(name) for name in Operands._fields})
 
 
 def _reshard(x: jax.Array, mesh: Any, partition: PartitionSpec) -> jax.Array:

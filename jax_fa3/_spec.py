@@ -8,6 +8,7 @@ dim, D value head dim. ``*batch`` is any number of leading dims, also none.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +63,15 @@ class Operands(NamedTuple):
     query_descale: Any = None
     key_descale: Any = None
     value_descale: Any = None
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any]) -> Operands:
+        """Those of `arrays` that are operands, by name; the others are absent."""
+        return cls(**{name: arrays.get(name) for name in cls._fields})
+
+    def present(self) -> dict[str, Any]:
+        """The operands that are not absent, by name."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
 
 
 def softmax_dtype(dtype: Any) -> np.dtype:

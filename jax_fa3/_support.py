@@ -64,10 +64,10 @@ def reasons(spec: AttentionSpec, operands: Operands, *, packed: bool = False) ->
         found.append("local_window_size: the kernels have no sliding window")
     if spec.logits_soft_cap is not None:
         found.append("logits_soft_cap: the kernels have no soft cap")
-    for name, operand in zip(Operands._fields, operands, strict=True):
+    for name in operands.present():
         if packed and name in _OF_PACKED:
             continue
-        if operand is not None and name not in KERNEL_OPERANDS:
+        if name not in KERNEL_OPERANDS:
             found.append(f"{name}: the kernels do not take it")
     if packed:
         found.append("cu_seqlens_q: the kernels take no packed sequences")

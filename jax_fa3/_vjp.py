@@ -157,13 +157,11 @@ def _xla_backward_bwd(spec, residuals, cotangents):
     wanted = _only_differentiable(operands)
     _, transpose = jax.vjp(gradients, wanted, dout, dlse)
     second, ddout, ddlse = transpose(_only_differentiable(cotangents))
-    found = Operands(**{name: second.get(name) for name in Operands._fields})
-    return found, None, None, ddout, ddlse
+    return Operands.of(second), None, None, ddout, ddlse
 
 
 _xla_backward.defvjp(_xla_backward_fwd, _xla_backward_bwd)
 
 
 def _only_differentiable(operands: Operands) -> dict[str, jax.Array]:
-    found = {name: getattr(operands, name) for name in DIFFERENTIABLE}
-    return {name: x for name, x in found.items() if x is not None}
+    return {name: x for name, x in operands.present().items() if name in DIFFERENTIABLE}

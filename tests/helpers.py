@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 # Another seed draws other numbers for every test; the same seed repeats them bit for bit.
 SESSION_SEED = int(os.environ.get("JAX_FA3_TEST_SEED", "0"))
@@ -531,6 +532,24 @@ def moves_between_devices(hlo: str) -> dict[str, int]:
     found = re.findall(rf"(?m)^.*? = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo)
     moved = [name for types, name in found if re.search(r"\b(?!pred\[\])\w+\[", types)]
     return dict(collections.Counter(moved))
+
+
+def check_batch_over_devices(f, parameters, x) -> None:
+    """f(parameters, x) over eight devices by x's batch: values, gradients, and nothing moves."""
+    mesh = jax.sharding.Mesh(
+        np.asarray(jax.devices("cpu")[:8]), ("data",), axis_types=(AxisType.Auto,)
+    )
+    sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+    placed = jax.device_put(parameters, NamedSharding(mesh, P()))
+    compiled = jax.jit(f).lower(placed, sharded).compile()
+    text = compiled.as_text()
+    assert not any(collective in text for collective in COLLECTIVES)
+    out = compiled(placed, sharded)
+    assert out.sharding.is_equivalent_to(sharded.sharding, out.ndim)
+    assert_close(out, f(parameters, x))
+
+    grads = jax.jit(jax.grad(lambda p, x: (f(p, x) ** 2).sum()))
+    assert_close(grads(placed, sharded), grads(parameters, x), scale=20)
 
 
 def seen_by_kernels(hlo: str) -> list[str]:

@@ -21,8 +21,6 @@ from helpers import (
     kernel_calls,
     normal,
 )
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 from jax_fa3.integrations.equinox import MultiheadAttention, convert
@@ -336,20 +334,7 @@ def test_a_batch_over_devices_stays_there():
     parameters, rest = eqx.partition(model, eqx.is_array)
     f = lambda parameters, x: jax.vmap(eqx.combine(parameters, rest))(x)
     x = normal((8, T, SIZE))
-    mesh = jax.sharding.Mesh(
-        np.asarray(jax.devices("cpu")[:8]), ("data",), axis_types=(AxisType.Auto,)
-    )
-    sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
-    placed = jax.device_put(parameters, NamedSharding(mesh, P()))
-    compiled = jax.jit(f).lower(placed, sharded).compile()
-    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert collective not in compiled.as_text()
-    out = compiled(placed, sharded)
-    assert out.sharding.is_equivalent_to(sharded.sharding, 3)
-    assert_close(out, f(parameters, x))
-
-    grads = jax.jit(jax.grad(lambda p, x: (f(p, x) ** 2).sum()))
-    assert_close(grads(placed, sharded), grads(parameters, x), scale=20)
+    helpers.check_batch_over_devices(f, parameters, x)
 
 
 # --- Import, example ----------------------------------------------------------------------------

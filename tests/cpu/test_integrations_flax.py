@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import assert_close, cuda_text, error_of, integers, kernel_calls, normal, qkv
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 from jax_fa3.integrations.flax import attention_fn, make_attention_fn
@@ -447,20 +445,7 @@ def test_a_layer_lowers_to_one_call_of_the_kernel(layer):
 def test_a_batch_over_devices_stays_there(layer):
     params, f = layer(make_attention_fn(is_causal=True))
     x = normal((8, 5, FEATURES))
-    mesh = jax.sharding.Mesh(
-        np.asarray(jax.devices("cpu")[:8]), ("data",), axis_types=(AxisType.Auto,)
-    )
-    sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
-    placed = jax.device_put(params, NamedSharding(mesh, P()))
-    compiled = jax.jit(f).lower(placed, sharded).compile()
-    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert collective not in compiled.as_text()
-    out = compiled(placed, sharded)
-    assert out.sharding.is_equivalent_to(sharded.sharding, 3)
-    assert_close(out, f(params, x))
-
-    grads = jax.jit(jax.grad(lambda p, x: (f(p, x) ** 2).sum()))
-    assert_close(grads(placed, sharded), grads(params, x), scale=20)
+    helpers.check_batch_over_devices(f, params, x)
 
 
 def test_nnx_jit_compiles_a_layer_once():

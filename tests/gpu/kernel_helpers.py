@@ -8,6 +8,11 @@ no compilation. `helpers.plain` (real JAX) is the yardstick where one shape is l
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
 
 import helpers
 import jax
@@ -22,6 +27,33 @@ attend = functools.partial(
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 HEAD_DIMS = (64, 128, 256)
+
+
+def run_with_dump(code: str, folder: pathlib.Path, *arguments, flags="", timeout=120) -> None:
+    """Runs Python code whose XLA dumps into `folder` and puts calls into command buffers.
+
+    Its sys.argv[1:] are the folder above the package's and `arguments`.
+    """
+    package = pathlib.Path(jax_fa3.__file__).parent.parent
+    dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_gpu_graph_min_graph_size=1"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(package), *map(str, arguments)],
+        env={**os.environ, "XLA_FLAGS": f"{dump} {flags}"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def captured_step(folder: pathlib.Path) -> dict[str, str]:
+    """XLA's dump, file name to text, of a jitted function `step` that it captured."""
+    dumped = {p.name: p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file()}
+    thunks = {n: x for n, x in dumped.items() if "thunk" in n and "jit_step" in n}
+    assert thunks, f"XLA dumped no thunk sequence; there are {sorted(dumped)}"
+    captured = [n for n, x in thunks.items() if re.search(r"k?command_?buffer", x, re.I)]
+    assert captured, f"no command buffer in {sorted(thunks)}:\n{next(iter(thunks.values()))[:3000]}"
+    return dumped
 
 
 def see_causal(t: int, s: int, diagonal) -> np.ndarray:

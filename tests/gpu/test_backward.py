@@ -8,11 +8,7 @@ backward_helpers.py has the bounds.
 
 import functools
 import operator
-import os
 import pathlib
-import re
-import subprocess
-import sys
 
 import helpers
 import jax
@@ -33,7 +29,7 @@ from backward_helpers import (
     yardsticks,
 )
 from helpers import BWD_TARGET, FWD_TARGET, assert_close, assert_same_bits, normal, oracle
-from kernel_helpers import DTYPES, HEAD_DIMS, attend, see_causal
+from kernel_helpers import DTYPES, HEAD_DIMS, attend, captured_step, run_with_dump, see_causal
 
 import jax_fa3
 from jax_fa3 import _primitive
@@ -594,20 +590,6 @@ print(float(q.astype(jnp.float32).sum()))
 
 def test_xla_captures_both_kernels_into_a_command_buffer(tmp_path):
     """A program whose only calls are ours: XLA's dump of its thunks shows a command buffer."""
-    here = pathlib.Path(__file__).parent
-    package = str(pathlib.Path(jax_fa3.__file__).parent.parent)
-    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_gpu_graph_min_graph_size=1"
-    done = subprocess.run(
-        [sys.executable, "-c", CAPTURE, package, str(here)],
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    dumped = {p.name: p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file()}
+    run_with_dump(CAPTURE, tmp_path, pathlib.Path(__file__).parent)
+    dumped = captured_step(tmp_path)
     assert any(BWD_TARGET in x for n, x in dumped.items() if "jit_step" in n)
-    thunks = {n: x for n, x in dumped.items() if "thunk" in n and "jit_step" in n}
-    assert thunks, f"XLA dumped no thunk sequence; there are {sorted(dumped)}"
-    captured = [n for n, x in thunks.items() if re.search(r"k?command_?buffer", x, re.I)]
-    assert captured, f"no command buffer in {sorted(thunks)}:\n{next(iter(thunks.values()))[:3000]}"

@@ -1,11 +1,8 @@
 """Under XLA's runtime: many calls in one program, donation, threads, command buffers."""
 
 import functools
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import threading
 
 import jax
@@ -13,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same_bits, normal, qkv
-from kernel_helpers import attend, check, see_causal
+from kernel_helpers import attend, captured_step, check, run_with_dump, see_causal
 
 
 def test_many_calls_in_one_program():
@@ -159,24 +156,8 @@ print(float(q.astype(jnp.float32).sum()))
 
 def test_xla_captures_the_kernel_into_a_command_buffer(tmp_path):
     """XLA's dump of the thunks that it will run shows the call inside a command buffer."""
-    import jax_fa3
-
-    here = pathlib.Path(__file__).parent
-    package = str(pathlib.Path(jax_fa3.__file__).parent.parent)
-    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_gpu_graph_min_graph_size=1"
-    done = subprocess.run(
-        [sys.executable, "-c", CAPTURE, package, str(here)],
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    dumped = {p.name: p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file()}
-    thunks = {n: x for n, x in dumped.items() if "thunk" in n and "jit_step" in n}
-    assert thunks, f"XLA dumped no thunk sequence; there are {sorted(dumped)}"
-    captured = [n for n, x in thunks.items() if re.search(r"k?command_?buffer", x, re.I)]
-    assert captured, f"no command buffer in {sorted(thunks)}:\n{next(iter(thunks.values()))[:3000]}"
+    run_with_dump(CAPTURE, tmp_path, pathlib.Path(__file__).parent)
+    captured_step(tmp_path)
 
 
 TRAIN = """
@@ -264,22 +245,8 @@ def thunks_of(folder, name):
 
 def test_a_captured_train_step_replays_right_with_new_inputs(tmp_path):
     """Three layers, forward and backward, against the same step that XLA may not capture."""
-    import jax_fa3
-
-    package = str(pathlib.Path(jax_fa3.__file__).parent.parent)
     # Without a search for the fastest GEMM both programs take the same ones.
-    flags = (
-        f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_gpu_graph_min_graph_size=1"
-        " --xla_gpu_autotune_level=0"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, package, str(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_with_dump(TRAIN, tmp_path, tmp_path, flags="--xla_gpu_autotune_level=0", timeout=240)
 
     thunks, text = thunks_of(tmp_path, "train_step")
     calls = [inside for kind, inside in thunks if kind == "CustomCall"]
