@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers import (
     assert_close,
+    assert_within_reference_error,
     moves_between_devices,
     normal,
     oracle,
@@ -448,19 +449,22 @@ def test_a_part_of_the_queries_knows_where_it_begins(options, spec):
 def test_a_second_derivative_of_the_xla_path_over_explicit_axes(q_spec, kv_spec):
     args = operands(CASES["xla"])
 
-    def second(attention, whole):
+    def second(attention, whole=lambda x: x):
         cube = lambda *a: (whole(attention(*a, is_causal=True)[0]) ** 3).sum()
         norm = lambda *a: sum((whole(g) ** 2).sum() for g in jax.grad(cube, (0, 1, 2))(*a))
         return jax.jit(jax.grad(norm, (0, 1, 2)))
 
-    right = second(exact, lambda x: x)(*args)
+    # Hundreds that nearly cancel: what float32 can give is what the dense oracle gives in it.
+    plain = second(oracle)(*args)
+    with jax.enable_x64(True):
+        right = second(oracle)(*(jnp.asarray(np.asarray(x), jnp.float64) for x in args))
     mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Explicit)
     with jax.set_mesh(mesh):
         xla = functools.partial(attend, implementation="xla")
         got = second(xla, lambda x: jax.sharding.reshard(x, P()))(
             *placed(args, mesh, q_spec, kv_spec)
         )
-    assert_close(jax.tree.map(np.asarray, got), right, jnp.float32, scale=16)
+    assert_within_reference_error(got, plain, right, factor=3)
 
 
 # --- Partial-manual meshes and vmap over a mesh axis -------------------------------------------
