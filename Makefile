@@ -4,6 +4,7 @@
 # make lint    ruff, clang-format, pyright, buildifier          make format   what of it can be repaired by a tool
 # make kernels compiles the kernels and checks what the compiler made of them (tools/check_kernels.py)
 # make wheel   dist/*.whl                                       make bench    the benchmark (needs the GPU it is to measure)
+# make figures every mode of the benchmark into RESULTS (benchmarks/results), the documents' tables and plots from those
 #
 # Each sets up .venv with what it needs; a second call is quick. JAX_FA3_CPU_ONLY=1 leaves the kernels out.
 # PYTHON=python3.12 VENV=.venv312 chooses another interpreter; PY=/some/python uses an environment as it is, with no set-up.
@@ -15,7 +16,7 @@ PYTEST ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test gputest gtest lint format kernels wheel bench clean
+.PHONY: help demo test gputest gtest lint format kernels wheel bench figures clean
 
 # The set of versions that CI pins; other Pythons take the newest that pyproject.toml allows. CONSTRAINTS= turns it off.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -109,6 +110,18 @@ wheel:
 bench: $(call needs,bench)
 	$(say_gpu)
 	$(PY) benchmarks/attention.py $(FLAGS)
+
+# Eight minutes on one H200. With several GPUs parallel.json too, with --smoke in FLAGS all of them anywhere.
+# docs/ablation.md and the demo's figures have commands of their own.
+RESULTS ?= benchmarks/results
+figures: $(call needs,bench)
+	$(say_gpu)
+	status=0; \
+	for run in grid=forward backward=backward shapes=shapes launch=launch length=memory parallel=parallel; do \
+	  $(PY) benchmarks/attention.py --mode=$${run%=*} --output=$(RESULTS)/$${run#*=}.json $(FLAGS) || status=1; \
+	done; \
+	if [ "$(RESULTS)" = benchmarks/results ]; then $(PY) benchmarks/report.py; fi; \
+	exit $$status
 
 clean:
 	rm -rf build dist .venv*
