@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
 
@@ -65,6 +67,7 @@ def run_benchmark(tmp_path, *flags, script="attention.py", devices=1):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # as _standard_promotion
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as quick_compile
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     return process, json.loads(output.read_text()) if output.exists() else {}
 

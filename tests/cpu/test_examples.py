@@ -18,6 +18,8 @@ import pytest
 
 import jax_fa3
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 TINY = ("--layers=1", "--model_dim=32", "--head_dim=16", "--seq_len=32", "--batch_size=4")
 
@@ -54,6 +56,7 @@ def run_demo(tmp_path, *flags):
     package = str(pathlib.Path(jax_fa3.__file__).parents[1])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": package}
     environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"  # as _standard_promotion, for optax
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as quick_compile
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
