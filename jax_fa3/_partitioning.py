@@ -54,6 +54,14 @@ def has_axes(ctx: Any) -> bool:
     return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
 
 
+def place_of(ctx: Any) -> Any:
+    """Which axes those are, hashable: what `lower` depends on beside a call's types."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, mlir.SPMDAxisContext):
+        return context.mesh, context.manual_axes
+    return context.num_devices
+
+
 def is_wanted(ctx: Any) -> bool:
     """Whether a kernel's call is to be `lower`ed here. Says so where it should be and cannot."""
     if not has_axes(ctx):

@@ -74,11 +74,11 @@ def backward(
     """
     names, arrays = _present(operands)
     arrays += [out, lse, dout, dlse]
-    if kernels and not is_broadcast(operands, out):
+    batch = out.shape[: -CORE_RANK["query"]]
+    if kernels and not is_broadcast(operands, batch):
         grads = bwd_p.bind(*arrays, names=names, spec=spec)
     else:
-        summed = out.ndim - CORE_RANK["query"]
-        grads = bwd_sum_p.bind(*arrays, names=names, spec=spec, summed=summed, kernels=kernels)
+        grads = bwd_sum_p.bind(*arrays, names=names, spec=spec, summed=len(batch), kernels=kernels)
     return _as_operands(_differentiable(names), grads)
 
 
@@ -87,13 +87,19 @@ def is_bindable(operands: Operands) -> bool:
     return all(name in _BINDABLE for name in operands.present())
 
 
-def is_broadcast(operands: Operands, out: jax.Array) -> bool:
-    """Whether some operand is 1 in a batch dim in which out is not."""
-    batch = out.shape[: -CORE_RANK["query"]]
+def is_broadcast(operands: Operands, batch: tuple[int, ...]) -> bool:
+    """Whether some operand is 1 in a batch dim in which `batch` is not."""
     return any(
         name in _BINDABLE and x.shape[: x.ndim - CORE_RANK[name]] != batch
         for name, x in operands.present().items()
     )
+
+
+def xla_forward(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """`forward` by the xla path on every platform, without the primitive."""
+    names, arrays = _present(operands)
+    out, lse = _xla_forward(*arrays, names=names, spec=spec, fallback=True)
+    return out, lse
 
 
 def xla_attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
@@ -227,8 +233,8 @@ def _fwd_abstract(*avals, names, spec, fallback):
     )
 
 
-def _bwd_abstract(*avals, names, spec, has_axes=False):
-    del spec, has_axes
+def _bwd_abstract(*avals, names, spec, place=None):
+    del spec, place
     ranks = _core_ranks(names) + _BWD_CORE_RANKS
     _check_varying(avals)
     batch = _batch_of([a.shape for a in avals], ranks)
@@ -292,8 +298,8 @@ def _xla_forward(*arrays, names, spec, fallback):
     return _over_broadcast(attend, ranks, arrays)
 
 
-def _xla_backward(*arrays, names, spec, has_axes=False):
-    del has_axes
+def _xla_backward(*arrays, names, spec, place=None):
+    del place
     ranks = _core_ranks(names) + _BWD_CORE_RANKS
     batch = _batch_of([x.shape for x in arrays], ranks)
     wanted = _differentiable(names)
@@ -442,8 +448,8 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
     )
 
 
-def _lower_backward_cuda(ctx, *operands, names, spec, has_axes=False):
-    del has_axes
+def _lower_backward_cuda(ctx, *operands, names, spec, place=None):
+    del place
     dq, dk = ctx.avals_out[:2]
     why_not = _native.why_not()
     if why_not or not (dq.size or dk.size):
@@ -568,11 +574,11 @@ def _summed_dims(shapes, names, summed) -> list[list[int]]:
     return [[d for d in dims if shape[d] != batch[d]] for shape in _wanted(names, shapes)]
 
 
-def _sum_rows(*arrays, names, spec, summed, kernels):
+def _sum_rows(*arrays, names, spec, summed, kernels, place=None):
     """Makes the rows and adds them. XLA may split them over devices, as it cannot split a loop."""
     # JAX keeps a lowering for each set of parameters and types, and here the types name no mesh: a
-    # parameter must tell this call from one that is not split.
-    make_rows = functools.partial(bwd_p.bind, has_axes=True) if kernels else _xla_backward
+    # parameter must tell this call from one that is split otherwise, or not at all.
+    make_rows = functools.partial(bwd_p.bind, place=place) if kernels else _xla_backward
     grads = make_rows(*arrays, names=names, spec=spec)
     sums = _summed_dims([x.shape for x in arrays], names, summed)
     return [
@@ -645,8 +651,9 @@ _lower_sum_row_by_row = _lower_xla(_sum_row_by_row)
 
 
 def _lower_bwd_sum(ctx, *operands, **params):
-    rule = _lower_sum_rows if _partitioning.has_axes(ctx) else _lower_sum_row_by_row
-    return rule(ctx, *operands, **params)
+    if _partitioning.has_axes(ctx):
+        return _lower_sum_rows(ctx, *operands, **params, place=_partitioning.place_of(ctx))
+    return _lower_sum_row_by_row(ctx, *operands, **params)
 
 
 # --- registration ---

@@ -102,7 +102,7 @@ def split_of(
             return full[dim] % shards == 0
         if dim == "t":
             return t_may_split and t % shards == 0
-        if heads_n % shards:
+        if heads_n % shards or not heads_n:
             return False
         # Each shard reads whole groups of query heads, or a part of one.
         shares = (heads_n // heads_k) % (heads_n // shards) == 0
@@ -111,9 +111,9 @@ def split_of(
     chosen: dict[Any, Axes] = {}
 
     def choose(dim: Any, axes: Axes) -> None:
-        """Splits a dim, but for axes in use and the last ones that do not fit."""
+        """Splits a dim, but for axes in use or of size 1, and the last ones that do not fit."""
         used = set().union(*chosen.values())
-        axes = tuple(axis for axis in axes if axis not in used)
+        axes = tuple(axis for axis in axes if axis not in used and sizes[axis] > 1)
         while axes and not fits(dim, axes):
             axes = axes[:-1]
         if axes:
@@ -279,19 +279,49 @@ Forward = Callable[[AttentionSpec, Operands], tuple[jax.Array, jax.Array]]
 Backward = Callable[..., Operands]
 
 
-def forward(fun: Forward, spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def forward(
+    fun: Forward, spec: AttentionSpec, operands: Operands, *, takes_broadcast: bool
+) -> tuple[jax.Array, jax.Array]:
     """fun(spec, operands), over the Explicit axes that shard the operands.
 
+    Args:
+      takes_broadcast: an operand may be 1 in a batch dim in which others are not. Then an axis of
+        jax.vmap becomes a batch dim here, and may lie on a mesh axis as any other. (A jax.shard_map
+        over the other axes, mapped over one that lies on an axis of its own, is gathered over it.)
     Returns:
       out and lse; sharded as the query is in batch, T and N.
     Raises:
       ValueError: the arrays live on different meshes.
     """
-    placement = _explicit(operands)
-    if placement is None:
+    if _explicit(operands) is None:
         return fun(spec, operands)
+    if not takes_broadcast:
+        return _forward_over_explicit(fun, spec, operands)
+    arrays, tree = jax.tree.flatten(operands)
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays):
+        return _forward_over_explicit(fun, spec, jax.tree.unflatten(tree, arrays))
+
+    @call.def_vmap
+    def call_rows(_, mapped, *arrays):
+        rows = [
+            x if has_rows else jnp.expand_dims(x, 0)
+            for x, has_rows in zip(arrays, mapped, strict=True)
+        ]
+        results = forward(fun, spec, jax.tree.unflatten(tree, rows), takes_broadcast=True)
+        return results, (True, True)
+
+    return call(*arrays)
+
+
+def _forward_over_explicit(
+    fun: Forward, spec: AttentionSpec, operands: Operands
+) -> tuple[jax.Array, jax.Array]:
+    placement = _explicit(operands)
+    assert placement is not None
     mesh, split = placement
-    *batch, t, n, h = operands.query.shape
+    batch, (t, n, h) = batch_of(operands), operands.query.shape[-3:]
     shapes = {"out": (*batch, t, n, h), "lse": (*batch, n, t)}
 
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -299,12 +329,17 @@ def forward(fun: Forward, spec: AttentionSpec, operands: Operands) -> tuple[jax.
         return {"out": out, "lse": lse}
 
     results = _over(mesh, split, local, operands.present(), shapes)
-    *batch, t, n, _ = _dim_axes(jax.typeof(operands.query))
-    as_query = Split(tuple(batch), t, n, ())
-    if as_query[:3] != split[:3]:
+    *queries, t, n, _ = _dim_axes(jax.typeof(operands.query))
+    as_query = tuple(
+        axes if size == whole else chosen  # the query may be broadcast
+        for axes, size, whole, chosen in zip(
+            queries, operands.query.shape, batch, split.batch, strict=False
+        )
+    )
+    wanted = Split(as_query, t, n, ())
+    if wanted[:3] != split[:3]:
         results = {
-            name: _reshard(x, mesh, as_query.partition(name, x.shape))
-            for name, x in results.items()
+            name: _reshard(x, mesh, wanted.partition(name, x.shape)) for name, x in results.items()
         }
     return results["out"], results["lse"]
 
@@ -343,6 +378,13 @@ def backward(
     )
 
 
+def batch_of(operands: Operands) -> tuple[int, ...]:
+    """The batch dims, where each operand has them in full or is 1."""
+    rank = operands.query.ndim - CORE_RANK["query"]
+    shapes = [x.shape[:rank] for name, x in operands.present().items() if name != "sinks"]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True))
+
+
 def is_sharded(aval: Any) -> bool:
     """Whether a dim is sharded over Explicit axes: a type names no other axes."""
     return any(axis is not None for axis in aval.sharding.spec)
@@ -351,6 +393,12 @@ def is_sharded(aval: Any) -> bool:
 def _explicit(operands: Operands) -> tuple[Any, Split] | None:
     """The mesh and the split over its Explicit axes; None where they shard nothing."""
     types = {name: jax.typeof(x) for name, x in operands.present().items()}
+    for name, t in types.items():
+        if t.sharding.spec.unreduced or t.sharding.spec.reduced:
+            raise ValueError(
+                f"dot_product_attention: {name} is {t}, unreduced or reduced over a mesh axis; "
+                "jax.sharding.reshard it to a type that is neither"
+            )
     if not any(map(is_sharded, types.values())):
         return None
     meshes = {t.sharding.mesh for t in types.values() if not t.sharding.mesh.empty}

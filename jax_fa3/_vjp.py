@@ -22,10 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad, batching, mlir
 
 from jax_fa3 import _arguments, _blockwise, _primitive, _sharding, _support
-from jax_fa3._spec import DIFFERENTIABLE, AttentionSpec, Operands
+from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands
 
 # Under one jit, layers of one shape are traced once, and an eager call is compiled.
-_xla_forward = jax.jit(_blockwise.forward, static_argnums=0)
+_xla_forward_of_whole = jax.jit(_blockwise.forward, static_argnums=0)
+_xla_forward_of_rows = jax.jit(_primitive.xla_forward, static_argnums=0)
 _xla_backward_of_saved = jax.jit(_blockwise.backward, static_argnums=0)
 
 
@@ -46,9 +47,16 @@ def attend(
     forward = _xla_forward
     if choice.implementation == "fa3":
         forward = functools.partial(_primitive.forward, fallback=choice.fallback)
-    out, lse = _sharding.forward(forward, spec, constants)
+    bindable = _primitive.is_bindable(operands)
+    out, lse = _sharding.forward(forward, spec, constants, takes_broadcast=bindable)
     out, lse = checkpoint_name(out, names[0]), checkpoint_name(lse, names[1])
     return _attach((spec, choice.implementation), operands, out, lse)
+
+
+def _xla_forward(spec, operands):
+    if _primitive.is_broadcast(operands, _sharding.batch_of(operands)):
+        return _xla_forward_of_rows(spec, operands)
+    return _xla_forward_of_whole(spec, operands)
 
 
 def _attach(static, operands, out, lse):
@@ -132,7 +140,7 @@ def _xla_backward(spec, operands, out, lse, dout, dlse):
     Its own derivative must not take out and lse for constants, though stage one hides where they
     come from: it differentiates `_blockwise.attention`'s reverse rule, which knows.
     """
-    if _primitive.is_broadcast(operands, out):
+    if _primitive.is_broadcast(operands, out.shape[: -CORE_RANK["query"]]):
         return _primitive.backward(spec, operands, out, lse, dout, dlse, kernels=False)
     return _xla_backward_of_saved(spec, operands, out, lse, dout, dlse)
 

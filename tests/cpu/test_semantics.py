@@ -691,9 +691,7 @@ def test_the_reference_allows_any_derivative():
         of = [jax.jit(derivative(lambda q, f=f: f(q, k, v)[0]))(q) for f in (reference, oracle)]
         assert_close(*of, scale=20)
     tangents = normal(q.shape), normal(k.shape), normal(v.shape)
-    of = [
-        jax.jit(lambda *a, f=f: jax.jvp(f, (q, k, v), a))(*tangents) for f in (reference, oracle)
-    ]
+    of = [jax.jit(lambda *a, f=f: jax.jvp(f, (q, k, v), a))(*tangents) for f in (reference, oracle)]
     assert_close(*of, scale=4)
 
 

@@ -325,6 +325,39 @@ def test_vmap_over_a_sharded_axis(case):
 
 
 @both_doors
+@pytest.mark.parametrize("mapped", ["query", "key and value", "query, key and value"])
+@pytest.mark.parametrize("inner", [P("heads"), P(None, None, "heads")], ids=["batch", "heads"])
+def test_vmap_over_an_explicit_axis_beside_another_gathers_nothing(case, inner, mapped):
+    """Both axes split the call, whichever operands are mapped; once more around that, one is not.
+
+    A jax.shard_map over one of them, mapped over the other, would be gathered over that.
+    """
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Explicit)
+    args = operands(case)
+    has_rows = [name in mapped for name in ("query", "key", "value")]
+    arrays = [normal((4, *x.shape), x.dtype) if m else x for x, m in zip(args, has_rows)]
+    specs = [P("data", *inner) if m else inner for m in has_rows]
+    in_axes = tuple(0 if m else None for m in has_rows)
+
+    def rows(attention):
+        causal = functools.partial(attention, is_causal=True)
+        one = jax.vmap(causal, in_axes)
+        return jax.vmap(
+            lambda factor, q, k, v: one(q * factor.astype(q.dtype), k, v), (0,) + 3 * (None,)
+        )
+
+    factors = jnp.asarray([1.0, -0.5])
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs)]
+        compiled = jax.jit(rows(attend)).lower(factors, *sharded).compile()
+        got = compiled(factors, *sharded)
+    assert not moves_between_devices(compiled.as_text())
+    assert tuple(got[0].sharding.spec)[:3] == (None, "data", inner[0])
+    right = jax.jit(rows(exact))(factors, *arrays)
+    assert_close(jax.tree.map(np.asarray, got), right, case["dtype"])
+
+
+@both_doors
 @pytest.mark.parametrize("mapped", ["query", "key and value"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_grad_of_vmap_over_a_sharded_axis_of_one_side(case, kind, mapped):
@@ -465,6 +498,54 @@ def test_a_second_derivative_of_the_xla_path_over_explicit_axes(q_spec, kv_spec)
             *placed(args, mesh, q_spec, kv_spec)
         )
     assert_within_reference_error(got, plain, right, factor=3)
+
+
+@both_doors
+@pytest.mark.parametrize(
+    "spec", [P(None, "one", "four"), P("one", None, "four")], ids=["t", "batch"]
+)
+def test_an_explicit_axis_of_size_1_beside_an_auto_one(case, spec):
+    """XLA cannot sum over a group of one device there, and need not."""
+    devices = np.asarray(jax.devices("cpu")[:4]).reshape(1, 4)
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.sharding.Mesh(devices, ("one", "four"), axis_types=kinds)
+    args = operands(case, k=4)
+    with jax.set_mesh(mesh):
+        sharded = placed(args, mesh, spec, P(None, None, "four"))
+        got = value_and_grads(attend, loss(attend), sharded)
+    check(got, args, case)
+
+
+@both_doors
+def test_no_query_heads_beside_sharded_key_heads(case):
+    mesh = mesh_of(2, names=("heads",), kind=AxisType.Explicit)
+    q, k, v = operands(case)
+    with jax.set_mesh(mesh):
+        k, v = placed((k, v), mesh, P(None, None, "heads"), P(None, None, "heads"))
+        out, lse = jax.jit(attend)(q[:, :, :0], k, v)
+    assert out.shape == (*q.shape[:2], 0, q.shape[-1])
+    assert lse.shape == (*q.shape[:2], 0)
+
+
+def test_a_sum_that_is_not_done_yet_is_named():
+    """Types that stand for an unfinished sum over a mesh axis."""
+    mesh = mesh_of(2, names=("data",), kind=AxisType.Explicit)
+    q, k, v = operands(CASES["xla"])
+
+    def f(a, w, k, v):
+        unfinished = jnp.einsum("btnh,hj->btnj", a, w, out_sharding=P(unreduced={"data"}))
+        return attend(unfinished, k, v)
+
+    with jax.set_mesh(mesh):
+        a = jax.device_put(q, NamedSharding(mesh, P(None, None, None, "data")))
+        w = jax.device_put(normal((8, 8)), NamedSharding(mesh, P("data")))
+        helpers.error_of(
+            ValueError,
+            lambda: jax.jit(f)(a, w, k, v),
+            "query is",
+            "unreduced",
+            "jax.sharding.reshard",
+        )
 
 
 # --- Partial-manual meshes and vmap over a mesh axis -------------------------------------------
@@ -870,11 +951,15 @@ def test_explicit_axes_beside_the_auto_ones_that_split_a_kernel(split_on_the_cpu
 
 
 @pytest.mark.parametrize("inside_first", [True, False])
-def test_one_program_sums_rows_inside_and_outside_of_a_shard_map(split_on_the_cpu, inside_first):
+@pytest.mark.parametrize("manual", [("data",), ("data", "heads")], ids=["in part", "whole"])
+def test_one_program_sums_rows_inside_and_outside_of_a_shard_map(
+    split_on_the_cpu, manual, inside_first
+):
     """Types and shapes are the same: JAX must not take the lowering of one for the other's."""
-    mesh = mesh_of(8, names=("data",), kind=AxisType.Auto)
-    q, k, v = operands(CASES["primitive"], batch=(2,))
-    args = placed((jnp.stack([q, -q, 2 * q]), k, v), mesh, P(), P())
+    mesh = mesh_of(2, 4, names=("data", "heads"), kind=AxisType.Auto)
+    q, k, v = operands(CASES["primitive"], batch=(2,), n=8, k=4)
+    heads = P(None, None, None, "heads")
+    args = placed((jnp.stack([q, -q, 2 * q]), k, v), mesh, heads, P())
 
     def gradients(q, k, v):
         def total(q, k, v):
@@ -883,13 +968,19 @@ def test_one_program_sums_rows_inside_and_outside_of_a_shard_map(split_on_the_cp
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
-    inside = jax.shard_map(gradients, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    inside = jax.shard_map(
+        gradients, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=set(manual), check_vma=False
+    )
     order = (inside, gradients) if inside_first else (gradients, inside)
     lowered = jax.jit(lambda *a: [f(*a) for f in order]).lower(*args)
-    assert lowered.as_text().count("@CustomSPMDPartitioning") == 2  # one forward, one backward
+    calls = lowered.as_text().count("@CustomSPMDPartitioning")
+    assert calls == (
+        2 if len(manual) == 2 else 4
+    )  # a forward and a backward for each that XLA splits
     one, other = lowered.compile()(*args)
     assert_close(one, other, jnp.bfloat16)
-    assert split_on_the_cpu
+    # Outside, a device has two of the heads, forward and backward.
+    assert split_on_the_cpu.count((3, 2, 8, 2, 64)) >= 2
 
 
 @pytest.mark.usefixtures("kernels")
