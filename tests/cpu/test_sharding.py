@@ -984,6 +984,28 @@ def test_one_program_sums_rows_inside_and_outside_of_a_shard_map(
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("policy", "calls"),
+    [(jax_fa3.remat_policy(), 1), (jax.checkpoint_policies.nothing_saveable, 2)],
+    ids=["ours", "nothing"],
+)
+def test_a_remat_policy_holds_over_explicit_axes(policy, calls):
+    mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Explicit)
+
+    def f(q, k, v):
+        layer = lambda x, k, v: x + attend(x, k, v, is_causal=True)[0]
+        step = jax.checkpoint(layer, policy=policy)
+        x, _ = jax.lax.scan(lambda x, _: (step(x, k, v), None), q, length=3)
+        return x.astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        args = placed(operands(CASES["primitive"]), mesh, BOTH, BOTH)
+        traced = jax.jit(jax.grad(f, (0, 1, 2))).trace(*args)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert helpers.kernel_calls(text) == calls
+
+
+@pytest.mark.usefixtures("kernels")
 def test_a_split_kernels_text_says_what_it_computes():
     """JAX's persistent cache goes by the text, in which the rest is an address in memory."""
     mesh = mesh_of(4, names=("data",), kind=AxisType.Auto)
