@@ -495,6 +495,7 @@ def test_export_with_a_symbolic_size_says_what_it_wants(platform):
         jax.export.export(jax.jit(jax_fa3.dot_product_attention), platforms=[platform])(*args)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_an_exported_program_survives_serialisation_with_its_gradient():
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     args = bf16()
