@@ -55,7 +55,7 @@ struct Bwd {
 template <class Pass>
 Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
                 int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
-                const std::string& config, bool deterministic) {
+                const std::string& config, int64_t diagonal, bool deterministic) {
   if (dtype != name(DType::kBF16) && dtype != name(DType::kF16)) {
     throw nb::value_error(("dtype is " + dtype + ", expected bfloat16 or float16").c_str());
   }
@@ -68,6 +68,7 @@ Problem problem(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64
   p.heads_k = heads_k;
   p.head_dim = head_dim;
   p.mask = is_causal ? MaskKind::kCausal : MaskKind::kFull;
+  p.diagonal = diagonal;
   p.deterministic = deterministic;
   if (!config.empty()) {
     p.config = Pass::kFind(config);
@@ -94,16 +95,16 @@ int64_t workspace_bytes(const Problem& p) {
 template <auto kFunction>
 auto of_fwd(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
             int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
-            const std::string& config) {
+            const std::string& config, int64_t diagonal) {
   return kFunction(problem<Fwd>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim,
-                                is_causal, config, false));
+                                is_causal, config, diagonal, false));
 }
 template <auto kFunction>
 auto of_bwd(const std::string& dtype, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
             int64_t heads_q, int64_t heads_k, int64_t head_dim, bool is_causal,
             const std::string& config, bool deterministic) {
   return kFunction(problem<Bwd>(dtype, batch, seqlen_q, seqlen_k, heads_q, heads_k, head_dim,
-                                is_causal, config, deterministic));
+                                is_causal, config, 0, deterministic));
 }
 
 // As cudaDriverGetVersion counts (13000 for CUDA 13.0); 0 without a driver.
@@ -124,8 +125,9 @@ NB_MODULE(_jax_fa3, m) {
     m.def(name, function, "dtype"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "heads_q"_a,
           "heads_k"_a, "head_dim"_a, "is_causal"_a, "config"_a = "", more...);
   };
-  def("describe_plan", &of_fwd<&describe_plan<Fwd>>);
-  def("fwd_workspace_bytes", &of_fwd<&workspace_bytes<Fwd>>);
+  const auto diagonal = "diagonal"_a = 0;
+  def("describe_plan", &of_fwd<&describe_plan<Fwd>>, diagonal);
+  def("fwd_workspace_bytes", &of_fwd<&workspace_bytes<Fwd>>, diagonal);
   const auto deterministic = "deterministic"_a = false;
   def("describe_bwd_plan", &of_bwd<&describe_plan<Bwd>>, deterministic);
   def("bwd_workspace_bytes", &of_bwd<&workspace_bytes<Bwd>>, deterministic);

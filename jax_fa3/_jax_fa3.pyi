@@ -22,8 +22,9 @@ def describe_plan(
     head_dim: int,
     is_causal: bool,
     config: str = "",
+    diagonal: int = 0,
 ) -> str:
-    """The plan of a forward call as text; `config` forces one of kernels()."""
+    """The plan of a forward call as text; arguments as for fwd_workspace_bytes."""
 
 def fwd_workspace_bytes(
     dtype: str,
@@ -35,8 +36,13 @@ def fwd_workspace_bytes(
     head_dim: int,
     is_causal: bool,
     config: str = "",
+    diagonal: int = 0,
 ) -> int:
-    """Size of the forward's workspace result; `config` forces one of kernels()."""
+    """Size of the forward's workspace result.
+
+    `config` forces one of kernels(); `diagonal`: causal, query t sees keys s <= t + diagonal; 0
+    where the call has a query_offset.
+    """
 
 def describe_bwd_plan(
     dtype: str,

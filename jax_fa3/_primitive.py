@@ -396,8 +396,7 @@ def _problem(names, avals_in, batch, spec):
     problem = _native.problem_of(q, k, math.prod(batch), spec.is_causal)
     if "query_offset" in names:
         return problem, None
-    bottom_right = spec.causal_alignment == "bottom_right"
-    return problem, problem.seqlen_k - problem.seqlen_q if bottom_right else 0
+    return problem, spec.diagonal(problem.seqlen_q, problem.seqlen_k)
 
 
 def _silence_unseen_rows(ctx, arguments, avals_in, *, lse, dout):
@@ -442,7 +441,7 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
         arguments,
         avals_in,
         [out, lse],
-        module.fwd_workspace_bytes(*problem),
+        module.fwd_workspace_bytes(*problem, diagonal=diagonal or 0),
         diagonal=diagonal,
         spec=spec,
     )

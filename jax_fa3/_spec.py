@@ -40,6 +40,10 @@ class AttentionSpec:
     deterministic_backward: bool
     out_dtype: np.dtype
 
+    def diagonal(self, seqlen_q: int, seqlen_k: int) -> int:
+        """The key position of query 0, where neither an offset nor lengths move it."""
+        return seqlen_k - seqlen_q if self.causal_alignment == "bottom_right" else 0
+
 
 class Operands(NamedTuple):
     """The arrays of a call (or their types); None is absent. A pytree."""

@@ -292,7 +292,9 @@ def explain(
     module = _native.extension()
     if module is not None and q.size and v.size:
         problem = _native.problem_of(q, k, math.prod(q.shape[:-3]), spec.is_causal)
-        plan = module.describe_plan(*problem)
+        has_offset = operands.query_offset is not None
+        diagonal = 0 if has_offset else spec.diagonal(problem.seqlen_q, problem.seqlen_k)
+        plan = module.describe_plan(*problem, diagonal=diagonal)
         lines += [f"  plan: {line}" for line in plan.splitlines()]
         plan = module.describe_bwd_plan(*problem, deterministic=spec.deterministic_backward)
         lines += [f"  backward plan: {line}" for line in plan.splitlines()]

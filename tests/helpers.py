@@ -75,7 +75,8 @@ def fake_extension(*, driver: int = 13000, api: tuple[int, int] = (0, 1), worksp
     def describe_plan(*args, **kwargs):
         return f"fake plan {dict(zip(shape, args)) | kwargs}"
 
-    def fwd_workspace_bytes(*args, **kwargs):
+    def fwd_workspace_bytes(*args, diagonal=0, **kwargs):
+        assert isinstance(diagonal, int)
         assert not set(kwargs) - set(shape)
         assert len(args) + len(kwargs) == len(shape)
         return workspace

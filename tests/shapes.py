@@ -67,6 +67,14 @@ SHAPES = {
 # One row of the table for each head dim and head ratio that the kernels must get right.
 KERNEL_SHAPES = ("gpt2", "llama3_8b", "gemma_2b")
 
+# Causal calls, (B, T, S, N, K, H), for which the forward's plan is another with the diagonal at the
+# bottom right than at the top left, and its workspace too.
+PLANNED_BY_THE_DIAGONAL = (
+    (2, 200, 1, 32, 32, 64),
+    (8, 129, 1, 8, 8, 128),
+    (8, 129, 200, 16, 8, 128),
+)
+
 # Query and key tiles of the kernels and of the designs near them (rows a CTA, keys a stage).
 TILES = (64, 80, 96, 112, 128, 160, 176, 192)
 

@@ -60,8 +60,8 @@ double visible_pairs(const Problem& p) {
 }
 
 // How long a configuration would take, up to a factor that all those of a head dim and mask share:
-// the busiest multiprocessor's rows x keys. By the problem's sizes alone, on the default device,
-// because the workspace is sized before the device is known.
+// the busiest multiprocessor's rows x keys. By the problem's sizes and diagonal alone, on the
+// default device, because the workspace is sized before the device is known.
 double estimated_cost(const FwdConfig& config, const Problem& p) {
   const int64_t sms = Device{}.sm_count;
   const int64_t tiles = tile_count(config, p);

@@ -28,6 +28,7 @@ from helpers import (
     qkv,
     signature,
 )
+from shapes import PLANNED_BY_THE_DIAGONAL
 
 import jax_fa3
 
@@ -595,6 +596,29 @@ def test_the_workspace_of_any_size_is_known_on_a_machine_without_a_gpu():
 
     for args in [(1, 1, 1, 1, 1), (0, 5, 5, 2, 1), (2, 0, 0, 4, 2), (70000, 1, 3, 2, 1)]:
         assert _jax_fa3.fwd_workspace_bytes("float16", *args, 128, True) >= 0
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize(
+    "shape",
+    [*PLANNED_BY_THE_DIAGONAL, (32, 64, 2048, 64, 64, 64)],  # the last: a chunk of a prefill
+    ids=str,
+)
+def test_the_workspace_is_that_of_the_plan_where_the_diagonal_lies(shape):
+    """The launch plans with the diagonal, by which the work is counted, and explain says it too."""
+    from jax_fa3 import _jax_fa3
+
+    b, t, s, n, k, h = shape
+    problem = ("bfloat16", b, t, s, n, k, h, True)
+    plans = [_jax_fa3.describe_plan(*problem, diagonal=d) for d in (0, s - t)]
+    assert plans[0] != plans[1], "the diagonal changes nothing here: choose another shape"
+    args = [jax.ShapeDtypeStruct((b, x, m, h), jnp.bfloat16) for x, m in ((t, n), (s, k), (s, k))]
+    for alignment, plan, diagonal in zip(("top_left", "bottom_right"), plans, (0, s - t)):
+        options = {"is_causal": True, "causal_alignment": alignment}
+        (line,) = kernel_lines(cuda_text(functools.partial(attend, **options), *args))
+        wanted = _jax_fa3.fwd_workspace_bytes(*problem, diagonal=diagonal)
+        assert f"tensor<{wanted}xui8>" in line
+        assert f"  plan: {plan}" in jax_fa3.explain(*args, **options)
 
 
 @pytest.mark.extension

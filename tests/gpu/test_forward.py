@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import normal, qkv
 from kernel_helpers import DTYPES, HEAD_DIMS, attend, check, dense, run_all, see_causal
-from shapes import TILES, edge_lengths
+from shapes import PLANNED_BY_THE_DIAGONAL, TILES, edge_lengths
 
 
 def every_length():
@@ -41,6 +41,16 @@ def test_every_length_beside_a_tile_edge(mask, h, dtype):
     for (args, _), (t, s), got in zip(calls, pairs, run_all(calls)):
         diagonal = s - t if mask == "bottom_right" else 0
         check(got, *args, see=None if mask == "full" else see_causal(t, s, diagonal), what=mask)
+
+
+@pytest.mark.parametrize("shape", PLANNED_BY_THE_DIAGONAL, ids=str)
+def test_a_diagonal_that_changes_the_plan(shape):
+    """The configuration, and with it the workspace, depend on how much a causal mask leaves."""
+    b, t, s, n, k, h = shape
+    args = qkv(batch=(b,), t=t, s=s, n=n, k=k, h=h, dtype=jnp.bfloat16)
+    for alignment, diagonal in (("top_left", 0), ("bottom_right", s - t)):
+        f = jax.jit(functools.partial(attend, is_causal=True, causal_alignment=alignment))
+        check(f(*args), *args, see=see_causal(t, s, diagonal), what=alignment)
 
 
 HEADS = [(1, 1), (4, 4), (6, 2), (8, 1), (12, 4), (71, 1)]
