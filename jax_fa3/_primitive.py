@@ -451,7 +451,8 @@ def _lower_backward_cuda(ctx, *operands, names, spec, place=None):
     del place
     dq, dk = ctx.avals_out[:2]
     why_not = _native.why_not()
-    if why_not or not (dq.size or dk.size):
+    heads_q = dq.shape[-2]
+    if why_not or not heads_q or not (dq.size or dk.size):
         if why_not:
             _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
         return _lower_xla_backward(ctx, *operands, names=names, spec=spec)

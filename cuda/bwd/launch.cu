@@ -38,8 +38,9 @@ Status launch_bwd(const Problem& problem, const BwdPlan& plan, const BwdBuffers&
   auto* const delta = reinterpret_cast<float*>(workspace + layout.delta);
   auto* const dq_accumulator = reinterpret_cast<float*>(workspace + layout.dq_accumulator);
   auto* const turns = reinterpret_cast<uint32_t*>(workspace + layout.turns);
-  const auto seqlen_q = static_cast<int32_t>(problem.seqlen_q);
   const auto heads_q = static_cast<int32_t>(problem.heads_q);
+  // Without query heads there are no steps over queries either.
+  const auto seqlen_q = heads_q > 0 ? static_cast<int32_t>(problem.seqlen_q) : 0;
   const int32_t blocks = plan.padded_q / BwdConfig::kBlockRows;
   const auto block_ctas = static_cast<uint32_t>(problem.batch * heads_q * blocks);
 

@@ -39,7 +39,8 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
        blocks > kMaxCtas / 4 / (problem.batch * problem.heads_q))) {
     return Status::unimplemented("more than 2^31 tiles: " + describe(problem));
   }
-  const int64_t group = problem.heads_k > 0 ? problem.heads_q / problem.heads_k : 1;
+  const int64_t group =
+      problem.heads_k > 0 ? std::max<int64_t>(1, problem.heads_q / problem.heads_k) : 1;
   // What a pair keeps in the L2 while its key tiles are worked on: query, dout and dQ's accumulator
   // of its group of query heads.
   const int64_t pair_bytes = std::max<int64_t>(

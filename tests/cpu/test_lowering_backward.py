@@ -250,7 +250,9 @@ def test_an_array_scale_is_folded_into_the_query_and_has_a_gradient():
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
-    ("sizes", "calls"), [({"t": 0}, 1), ({"s": 0}, 1), ({"batch": (0,)}, 0)], ids=str
+    ("sizes", "calls"),
+    [({"t": 0}, 1), ({"s": 0}, 1), ({"batch": (0,)}, 0), ({"n": 0, "k": 2}, 0)],
+    ids=str,
 )
 def test_a_gradient_that_is_not_empty_takes_the_kernel_which_zeroes_it(sizes, calls):
     assert backward_calls(cuda_text(gradients(is_causal=True), *bf16(**sizes))) == calls

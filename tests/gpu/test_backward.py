@@ -252,7 +252,9 @@ def test_peaked_scores(factor, h, dtype):
         check(got, exact, yardstick, epsilon=4 * half_ulp(dtype), what=f"causal {causal}")
 
 
-@pytest.mark.parametrize("sizes", [{"t": 0}, {"s": 0}, {"batch": 0}, {"t": 0, "s": 0}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"t": 0}, {"s": 0}, {"batch": 0}, {"t": 0, "s": 0}, {"n": 0, "k": 2}], ids=str
+)
 @pytest.mark.parametrize("causal", [False, True])
 @both_designs
 def test_empty_problems_have_zero_gradients_of_their_shapes(h, sizes, causal):
