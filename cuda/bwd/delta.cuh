@@ -56,16 +56,13 @@ __global__ void __launch_bounds__(kDeltaThreads)
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int32_t row = first_row + pass * kRows;
-    // Past the end: probabilities exp2(score - inf) = 0.
-    float sum = 0.0f, lse_log2 = INFINITY;
-    if (row < params.seqlen_q) {
-      sum = dot<kDType>(out[pass], dout[pass]);
+    float sum = row < params.seqlen_q ? dot<kDType>(out[pass], dout[pass]) : 0.0f;
 #pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) {
-        sum += __shfl_xor_sync(0xffffffff, sum, step);
-      }
+    for (int step = kLanes / 2; step > 0; step /= 2) {  // a warp's rows may end, its lanes may not
+      sum += __shfl_xor_sync(0xffffffff, sum, step);
     }
     if (lane != 0) continue;
+    float lse_log2 = INFINITY;  // past the end: probabilities exp2(score - inf) = 0
     if (row < params.seqlen_q) {
       constexpr float kLog2e = 1.4426950408889634f;
       const int64_t at = pair * params.seqlen_q + row;
