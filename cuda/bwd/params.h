@@ -19,7 +19,8 @@ struct KeyTileGrid {
   int32_t pairs_in_flight;
 };
 
-// Rows of one (batch row, query head): lse, delta and dQ's accumulator are padded to whole steps.
+// Rows of one (batch row, query head): lse, delta and dQ's accumulator are padded to
+// BwdConfig::kPaddedRows, which are whole steps.
 struct BwdParams {
   TensorMap q_map;  // [batch, seqlen, heads, head_dim] as encode_tiles has it
   TensorMap k_map;
@@ -41,7 +42,7 @@ struct BwdParams {
   BatchMap batch_map;
   int32_t seqlen_q;
   int32_t seqlen_k;
-  int32_t padded_q;  // seqlen_q rounded up to whole steps
+  int32_t padded_q;  // seqlen_q rounded up to BwdConfig::kPaddedRows
   int32_t heads_q;
   int32_t group;     // query heads a key head
   int32_t diagonal;  // causal: query t sees keys s <= t + diagonal

@@ -13,7 +13,8 @@ constexpr int32_t clamp(int32_t x, int32_t low, int32_t high) {
 }
 
 // Keys [0, visible_keys) are what query `row` sees. Lengths are below 2^29 and the diagonal lies in
-// [-2^29, 2^29] (plan_fwd checks), so the sum cannot overflow.
+// [-2^29, 2^29] (check_problem; one that is read from device memory was clipped by Python, further
+// than that it changes nothing), so the sum cannot overflow.
 template <MaskKind kMask>
 constexpr int32_t visible_keys(int32_t row, int32_t seqlen_k, int32_t diagonal) {
   return kMask == MaskKind::kCausal ? clamp(row + diagonal + 1, 0, seqlen_k) : seqlen_k;

@@ -38,7 +38,8 @@ struct Problem {
   bool has_query_offset = false;  // the diagonal is read from device memory, one a batch row
   float scale = 1.0f;             // > 0
   bool deterministic = false;     // backward: gradients are the same bits in every run
-  int config = -1;  // the plan chooses; else an index into kFwdConfigs, for benchmarks
+  int config = -1;  // the plan chooses; else an index into kFwdConfigs or kBwdConfigs, for
+                    // benchmarks
 };
 
 }  // namespace jax_fa3

@@ -1,5 +1,5 @@
-// The 16 hardware barriers of a CTA. Ids are compile-time constants, so that ptxas reserves only
-// those that are used.
+// The 16 hardware barriers of a CTA. Where an id depends on the warpgroup ptxas reserves all of
+// them, which costs nothing with one CTA a multiprocessor.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-bar
 #pragma once
 

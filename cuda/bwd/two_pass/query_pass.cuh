@@ -260,7 +260,7 @@ class QueryWarpgroup {
     int32_t limit[2] = {
         visible_keys<kConfig.mask>(row, params_.seqlen_k, work_.diagonal) - first,
         visible_keys<kConfig.mask>(row + 8, params_.seqlen_k, work_.diagonal) - first};
-    asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));  // as in key_pass.cuh
+    asm volatile("" : "+r"(limit[0]), "+r"(limit[1]));  // as in key_rows.cuh
     mask_from(scores, limit);
   }
 
