@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_fa3._spec import AttentionSpec, Operands
+from jax_fa3._spec import AttentionSpec, Operands, promoting_ranks
 
 # A tile of scores, over all heads and batch rows, has about this many elements: on a CPU it should
 # stay in the caches (2 MiB of float32; measured on 2 Zen 3 cores, 10 % slower at four times that),
@@ -64,6 +64,7 @@ def _attention_bwd(spec, residuals, cotangents):
     return (backward(spec, *residuals, *cotangents),)
 
 
+@promoting_ranks
 def forward(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """The same values as `attention`, without a derivative rule."""
     tiles = _Tiles(spec, operands)
@@ -115,6 +116,7 @@ _attention = jax.custom_vjp(forward, nondiff_argnums=(0,))
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
+@promoting_ranks
 def backward(
     spec: AttentionSpec, operands: Operands, out: Array, lse: Array, dout: Array, dlse: Array
 ) -> Operands:
@@ -621,6 +623,5 @@ def _refuse_float8_gradient():
     from jax_fa3 import UnsupportedError  # the package imports this module
 
     raise UnsupportedError(
-        "float8 attention has no gradient: differentiate attention of the 16-bit arrays instead, "
-        'with jax_fa3.fp8_dot_product_attention(..., backward="bf16")'
+        "float8 attention has no gradient: differentiate attention of the 16-bit arrays instead"
     )

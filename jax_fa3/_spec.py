@@ -8,9 +8,11 @@ dim, D value head dim. ``*batch`` is any number of leading dims, also none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 
@@ -84,6 +86,20 @@ def softmax_dtype(dtype: Any) -> np.dtype:
     Not jnp.promote_types, which refuses bfloat16 with float32 under strict dtype promotion.
     """
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def promoting_ranks(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """fun, in which arrays of other ranks broadcast, whatever jax_numpy_rank_promotion says.
+
+    That setting is about its user's code. A mask here compares [*batch, 1] with [S].
+    """
+
+    @functools.wraps(fun)
+    def promoting(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"):
+            return fun(*args, **kwargs)
+
+    return promoting
 
 
 # The dims of each operand after its batch dims, by their letters; of out and lse too, and of

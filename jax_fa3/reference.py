@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jax_fa3 import _arguments
-from jax_fa3._spec import AttentionSpec, Operands
+from jax_fa3._spec import AttentionSpec, Operands, promoting_ranks
 
 
 def dot_product_attention(
@@ -101,6 +101,7 @@ def dot_product_attention(
     return (out, lse) if return_residual else out
 
 
+@promoting_ranks
 def attend(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """softmax(visible scores) V of parsed arguments.
 
