@@ -164,11 +164,13 @@ def _bench(flags: Sequence[str]) -> int:
     if not in_checkout or not (flags or _native.visible_gpus()):
         print(_small_bench())
         return 0
-    output = "jax_fa3_bench.json"
-    for flag in flags:
-        if flag.startswith("--output="):
-            output = flag.removeprefix("--output=")
-    command = [sys.executable, str(_BENCHMARK), f"--output={output}", *flags]
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_fa3 bench", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--output", "-output", default="jax_fa3_bench.json")
+    ours, others = parser.parse_known_args(flags)
+    output = ours.output
+    command = [sys.executable, str(_BENCHMARK), f"--output={output}", *others]
     code = subprocess.call(command)
     if code == 0:
         drawing = _draw(pathlib.Path(output))

@@ -125,6 +125,8 @@ def parse(
     implementations = _implementations(implementation, problems)
     if checkpoint_name is not None and not isinstance(checkpoint_name, str):
         problems.add("checkpoint_name", repr(checkpoint_name), "a string or None", is_type=True)
+    elif checkpoint_name == "":
+        problems.add("checkpoint_name", "''", "a name, or None for the default ones")
     if causal_alignment not in ("top_left", "bottom_right"):
         problems.add("causal_alignment", repr(causal_alignment), '"top_left" or "bottom_right"')
     elif query_offset is not None and causal_alignment == "bottom_right":
@@ -276,7 +278,7 @@ def _check_shapes(q, k, v, given: dict[str, tuple[int, ...]], problems: Problems
 
 
 def _flag(name: str, x: Any, problems: Problems) -> bool:
-    if isinstance(x, (bool, int, np.bool_)):
+    if x is None or isinstance(x, (bool, int, np.bool_)):  # None, as jax.nn takes it
         return bool(x)
     if isinstance(x, (np.ndarray, jax.Array)) and x.shape == () and x.dtype == bool:
         if not isinstance(x, jax.core.Tracer):
@@ -298,6 +300,8 @@ def _window(x: Any, problems: Problems) -> tuple[int | None, int | None]:
     if x is None:
         return None, None
     wanted = "an int or a pair (left, right) of ints or None (unbounded)"
+    if isinstance(x, np.ndarray):
+        x = x.tolist()
     pair = x if isinstance(x, (tuple, list)) else (x, x)
     if len(pair) != 2:
         problems.add("local_window_size", repr(x), wanted)
@@ -331,11 +335,12 @@ def _normal_window(
 def _soft_cap(x: Any, problems: Problems) -> float | None:
     if x is None:
         return None
-    wanted = "a finite number > 0 that is known while tracing, or None"
+    # Beyond these x / cap leaves float32's range, and a cap out there caps nothing.
+    wanted = "a number from 1e-30 to 1e30 that is known while tracing, or None"
     cap = _static_number(x)
     if cap is None:
         problems.add("logits_soft_cap", _describe(x), wanted, is_type=True)
-    elif not (cap > 0 and math.isfinite(cap)):
+    elif not 1e-30 <= cap <= 1e30:
         problems.add("logits_soft_cap", repr(x), wanted)
     return cap
 
@@ -344,8 +349,8 @@ def _static_number(x: Any) -> float | None:
     """`x` as a float, when it is a real Python or NumPy number."""
     if isinstance(x, (int, float, np.integer, np.floating)):
         return float(x)
-    if isinstance(x, np.ndarray) and x.shape == () and _is_real(x.dtype):
-        return float(x)
+    if isinstance(x, np.ndarray) and x.size == 1 and _is_real(x.dtype):
+        return float(x.item())
     if isinstance(x, np.generic) and _is_real(x.dtype):  # bfloat16 and other extension scalars
         return float(x)
     return None
@@ -384,8 +389,10 @@ def _scale(x: Any, q, problems: Problems) -> tuple[float, jax.Array | None]:
     if isinstance(x, jax.Array):
         if not _is_real(x.dtype):
             problems.add("scale", f"dtype {x.dtype.name}", "a real number", is_type=True)
-        elif x.shape != ():
+        elif x.size != 1:
             problems.add("scale", f"an array of shape {show(x.shape)}", "a scalar")
+        else:
+            x = x.reshape(())
         return 1.0, x
     scale = _static_number(x)
     if scale is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -194,6 +195,9 @@ _ARRAYS = {*Operands._fields, "scale"}  # of these, what may be abstract
 
 def _abstractly(arguments: dict[str, Any]) -> tuple[AttentionSpec, Operands, tuple[str, ...]]:
     """Parses a call without computing; arrays may be, and become, jax.ShapeDtypeStructs."""
+    options = inspect.signature(dot_product_attention).parameters
+    if unknown := [name for name in arguments if name not in options]:
+        raise TypeError(f"dot_product_attention has no argument {', '.join(unknown)}")
     abstract = {
         name: arguments[name]
         for name in arguments

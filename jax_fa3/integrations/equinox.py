@@ -147,7 +147,8 @@ def convert(model: _Model, **options: Any) -> _Model:
 
     Layers in stacked or shared form are swapped too. A layer that has been swapped is bound to
     the new options instead. A class derived from equinox.nn.MultiheadAttention stays as it is:
-    what it overrides would be lost.
+    what it overrides would be lost. So does what is no node of the tree: a layer behind
+    equinox.filter_jit or functools.partial, its stored `__call__`, a static field. Convert first.
 
     Args:
       model: any tree with such layers in it, or a layer.

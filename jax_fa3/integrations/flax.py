@@ -52,7 +52,8 @@ def attention_fn(
     hides every key: it gives 0 (Flax: the mean of the values). The layers turn causality, padding
     and a decoding cache into a dense mask, which the kernels do not take: the xla path runs it,
     in linear memory. For the kernels say is_causal (nnx: in the layer's call; linen:
-    `make_attention_fn(is_causal=True)`) and leave the causal mask away.
+    `make_attention_fn(is_causal=True)`) and leave the causal mask away. (Not functools.partial of
+    this function: beside a decoding cache its diagonal would lie at the first slot.)
 
     [*batch], T, S, N, K, H and D as in `dot_product_attention`.
 

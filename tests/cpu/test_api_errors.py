@@ -121,6 +121,9 @@ WRONG = {
     "fractional window": ({"local_window_size": (1.5, 0)}, ["local_window_size", "1.5"]),
     "zero soft cap": ({"logits_soft_cap": 0.0}, ["logits_soft_cap", "0"]),
     "negative soft cap": ({"logits_soft_cap": -2.5}, ["logits_soft_cap", "-2.5"]),
+    "soft cap beyond float32": ({"logits_soft_cap": 1e39}, ["logits_soft_cap", "1e+39", "1e30"]),
+    "vanishing soft cap": ({"logits_soft_cap": 1e-46}, ["logits_soft_cap", "1e-46", "1e-30"]),
+    "empty checkpoint name": ({"checkpoint_name": ""}, ["checkpoint_name", "''", "None"]),
     "soft cap of NaN": ({"logits_soft_cap": float("nan")}, ["logits_soft_cap", "nan"]),
     "alignment": (
         {"causal_alignment": "left"},

@@ -58,11 +58,14 @@ OPTIONS = {
     "negative scale": {"scale": -0.3},
     "zero scale": {"scale": 0.0},
     "integer scale": {"scale": 1},
+    "scale in an array": {"scale": np.asarray([0.3], np.float32)},
+    "no causal": {"is_causal": None},
     "numpy scale": {"scale": np.float32(0.7)},
     "numpy float64 scale": {"scale": np.float64(0.7)},
     "causal": {"is_causal": True},
     "window int": {"local_window_size": 2},
     "window pair": {"local_window_size": (3, 1)},
+    "window array": {"local_window_size": np.asarray([3, 1])},
     "window zero": {"local_window_size": 0},
     "window and causal": {"local_window_size": (2, 2), "is_causal": True},
     "xla by name": {"implementation": "xla"},
@@ -182,6 +185,15 @@ def test_lengths_without_a_batch_have_shape_one():
         "key_value_seq_lengths": jnp.asarray([6], jnp.int32),
     }
     values(lambda attention, *args: attention(*args, **arrays), qkv(batch=()))
+
+
+@pytest.mark.parametrize("lengths", [{}, {"key_value_seq_lengths": [7, 3]}], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_where_ranks_may_not_be_promoted(is_causal, lengths):
+    """jax_numpy_rank_promotion is about its user's code."""
+    arrays = {name: jnp.asarray(x, jnp.int32) for name, x in lengths.items()}
+    with jax.numpy_rank_promotion("raise"):
+        both(lambda f, *args: f(*args, is_causal=is_causal, **arrays), qkv(t=7, s=7))
 
 
 def test_everything_at_once():

@@ -247,6 +247,12 @@ def test_questions_take_structs_for_every_array():
         assert isinstance(str(jax_fa3.explain(q, k, k, **options)), str)
 
 
+@pytest.mark.parametrize("ask", [jax_fa3.is_supported, jax_fa3.explain])
+def test_questions_know_the_arguments_there_are(ask):
+    with pytest.raises(TypeError, match="dot_product_attention has no argument foo, problems"):
+        ask(*bf16(), foo=1, problems=None)
+
+
 def test_is_supported_asks_of_the_implementations_own_hardware(no_extension):
     """The answer is the same where nothing of fa3 can run."""
     assert jax_fa3.is_supported(*bf16(), implementation="fa3")

@@ -258,3 +258,19 @@ def test_source_names_no_path_outside_the_repository():
     package = pathlib.Path(jax_fa3.__file__).parent
     for path in package.rglob("*.py"):
         assert "../shared" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("flags", [["--output=x.json"], ["--output", "x.json"], []], ids=str)
+def test_the_benchmarks_results_are_drawn_where_they_are(flags, monkeypatch, tmp_path):
+    """Also where --output and its file are two words."""
+    main = importlib.import_module("jax_fa3.__main__")
+    benchmark = tmp_path / "attention.py"
+    benchmark.touch()
+    commands, drawn = [], []
+    monkeypatch.setattr(main, "_BENCHMARK", benchmark)
+    monkeypatch.setattr(main.subprocess, "call", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(main, "_draw", drawn.append)
+    main._bench([*flags, "--smoke"])
+    wanted = "x.json" if flags else "jax_fa3_bench.json"
+    assert commands[0][1:] == [str(benchmark), f"--output={wanted}", "--smoke"]
+    assert drawn == [pathlib.Path(wanted)]

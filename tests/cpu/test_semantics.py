@@ -695,6 +695,35 @@ def test_the_reference_allows_any_derivative():
     assert_close(*of, scale=4)
 
 
+@pytest.mark.parametrize("attention", [attend, reference], ids=["xla", "reference"])
+def test_every_option_where_ranks_may_not_be_promoted(attention):
+    """jax_numpy_rank_promotion is about its user's code; drawn before, compared with itself."""
+    args = qkv(batch=(2,), t=6, s=9, n=4, k=2, h=8)
+    lengths, ids = jnp.asarray([4, 5]), jnp.zeros((2, 9), jnp.int32)
+    options = {
+        "bias": normal((1, 4, 1, 9)),
+        "mask": jnp.ones((2, 1, 6, 1), bool),
+        "query_seq_lengths": lengths,
+        "key_value_seq_lengths": lengths,
+        "query_offset": lengths,
+        "is_causal": True,
+        "local_window_size": (3, 1),
+        "query_segment_ids": ids[:, :6],
+        "key_value_segment_ids": ids,
+        "logits_soft_cap": 2.0,
+        "sinks": normal((4,)),
+    }
+
+    def both():
+        f = lambda *args: attention(*args, **options)
+        (out, lse), pullback = jax.vjp(f, *args)
+        return out, lse, pullback((jnp.ones_like(out), jnp.ones_like(lse)))
+
+    right = both()
+    with jax.numpy_rank_promotion("raise"):
+        assert_close(both(), right)
+
+
 def test_forward_mode_and_second_derivatives_of_the_primitive_raise():
     q, k, v = bf16_qkv(batch=(), t=3, s=4)
     with pytest.raises((TypeError, NotImplementedError, ValueError)):
