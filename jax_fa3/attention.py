@@ -85,7 +85,8 @@ def dot_product_attention(
         an int is both; None for a side is unbounded.
       query_segment_ids: integer [*batch, T]; a query sees the keys with an equal id.
       key_value_segment_ids: integer [*batch, S]; default query_segment_ids, when T == S.
-      logits_soft_cap: cap > 0: cap * tanh(x / cap) of x = scale * q.k + bias, before masking.
+      logits_soft_cap: cap, from 1e-30 to 1e30: cap * tanh(x / cap) of x = scale * q.k + bias,
+        before masking.
       sinks: float [N], one more logit a head that takes probability and gives no value.
       query_descale: for float8 inputs, what query is to be multiplied with: a float scalar,
         [*batch, K] (one per key/value head, shared by its group of query heads), or one per block
