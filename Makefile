@@ -111,11 +111,12 @@ bench: $(call needs,bench)
 	$(say_gpu)
 	$(PY) benchmarks/attention.py $(FLAGS)
 
-# Eight minutes on one H200. With several GPUs parallel.json too, with --smoke in FLAGS all of them anywhere.
-# docs/ablation.md and the demo's figures have commands of their own.
+# With several GPUs parallel.json too. Without one RESULTS must name another folder than the one of the figures that count;
+# --smoke in FLAGS shows only that it works. docs/ablation.md and the demo's figures have commands of their own.
 RESULTS ?= benchmarks/results
 figures: $(call needs,bench)
 	$(say_gpu)
+	@[ -n "$(GPU)" ] || [ "$(RESULTS)" != benchmarks/results ] || { echo "== These are not for benchmarks/results: RESULTS=/some/folder"; exit 1; }
 	status=0; \
 	for run in grid=forward backward=backward shapes=shapes launch=launch length=memory parallel=parallel; do \
 	  $(PY) benchmarks/attention.py --mode=$${run%=*} --output=$(RESULTS)/$${run#*=}.json $(FLAGS) || status=1; \
