@@ -25,7 +25,14 @@ from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec
 
 from jax_fa3 import _blockwise, _native, _partitioning, _sharding, _support
-from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands, softmax_dtype
+from jax_fa3._spec import (
+    CORE_RANK,
+    DIFFERENTIABLE,
+    AttentionSpec,
+    Operands,
+    full_batch,
+    softmax_dtype,
+)
 
 fwd_p = jax.extend.core.Primitive("jax_fa3_fwd")
 bwd_p = jax.extend.core.Primitive("jax_fa3_bwd")
@@ -146,19 +153,7 @@ _BWD_CORE_RANKS = [3, 2, 3, 2]  # out, lse, dout, dlse
 
 
 def _batch_of(shapes: Sequence[tuple[int, ...]], ranks: Sequence[int]) -> tuple[int, ...]:
-    """The full batch dims. Raises ValueError when an operand has others than those or 1."""
-    batches = [shape[: len(shape) - rank] for shape, rank in zip(shapes, ranks, strict=True)]
-    if len({len(batch) for batch in batches}) != 1:
-        raise ValueError(
-            f"jax_fa3: operands have batch dims {batches}, expected one number of them"
-        )
-    full = []
-    for sizes in zip(*batches, strict=True):
-        others = {size for size in sizes if size != 1}
-        if len(others) > 1:
-            raise ValueError(f"jax_fa3: operands have batch dims {batches}, expected full or 1")
-        full.append(others.pop() if others else 1)
-    return tuple(full)
+    return full_batch(shape[: len(shape) - rank] for shape, rank in zip(shapes, ranks, strict=True))
 
 
 def _batch_sharding(avals: Sequence[Any], ranks: Sequence[int], batch: tuple[int, ...]) -> list:

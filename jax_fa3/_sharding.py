@@ -293,15 +293,16 @@ def forward(
     Raises:
       ValueError: the arrays live on different meshes.
     """
-    if _explicit(operands) is None:
+    placement = _explicit(operands)
+    if placement is None:
         return fun(spec, operands)
     if not takes_broadcast:
-        return _forward_over_explicit(fun, spec, operands)
+        return _forward_over(*placement, fun, spec, operands)
     arrays, tree = jax.tree.flatten(operands)
 
     @jax.custom_batching.custom_vmap
     def call(*arrays):
-        return _forward_over_explicit(fun, spec, jax.tree.unflatten(tree, arrays))
+        return _forward_over(*placement, fun, spec, jax.tree.unflatten(tree, arrays))
 
     @call.def_vmap
     def call_rows(_, mapped, *arrays):
@@ -315,13 +316,10 @@ def forward(
     return call(*arrays)
 
 
-def _forward_over_explicit(
-    fun: Forward, spec: AttentionSpec, operands: Operands
+def _forward_over(
+    mesh: Any, split: Split, fun: Forward, spec: AttentionSpec, operands: Operands
 ) -> tuple[jax.Array, jax.Array]:
-    placement = _explicit(operands)
-    assert placement is not None
-    mesh, split = placement
-    batch, (t, n, h) = batch_of(operands), operands.query.shape[-3:]
+    batch, (t, n, h) = operands.batch(), operands.query.shape[-3:]
     shapes = {"out": (*batch, t, n, h), "lse": (*batch, n, t)}
 
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -376,13 +374,6 @@ def backward(
             for name, x in grads.items()
         }
     )
-
-
-def batch_of(operands: Operands) -> tuple[int, ...]:
-    """The batch dims, where each operand has them in full or is 1."""
-    rank = operands.query.ndim - CORE_RANK["query"]
-    shapes = [x.shape[:rank] for name, x in operands.present().items() if name != "sinks"]
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True))
 
 
 def is_sharded(aval: Any) -> bool:

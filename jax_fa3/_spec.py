@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -75,9 +75,30 @@ class Operands(NamedTuple):
         """Those of `arrays` that are operands, by name; the others are absent."""
         return cls(**{name: arrays.get(name) for name in cls._fields})
 
+    def batch(self) -> tuple[int, ...]:
+        """The full batch dims, where each operand has them or is 1."""
+        present = {name: x for name, x in self.present().items() if name != "sinks"}
+        return full_batch(x.shape[: x.ndim - CORE_RANK[name]] for name, x in present.items())
+
     def present(self) -> dict[str, Any]:
         """The operands that are not absent, by name."""
         return {name: x for name, x in self._asdict().items() if x is not None}
+
+
+def full_batch(batches: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """The batch dims of all. Raises ValueError when one has others than those or 1."""
+    batches = list(batches)
+    if len({len(batch) for batch in batches}) != 1:
+        raise ValueError(
+            f"jax_fa3: operands have batch dims {batches}, expected one number of them"
+        )
+    full = []
+    for sizes in zip(*batches, strict=True):
+        others = {size for size in sizes if size != 1}
+        if len(others) > 1:
+            raise ValueError(f"jax_fa3: operands have batch dims {batches}, expected full or 1")
+        full.append(others.pop() if others else 1)
+    return tuple(full)
 
 
 def softmax_dtype(dtype: Any) -> np.dtype:

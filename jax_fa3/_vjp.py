@@ -54,7 +54,7 @@ def attend(
 
 
 def _xla_forward(spec, operands):
-    if _primitive.is_broadcast(operands, _sharding.batch_of(operands)):
+    if _primitive.is_broadcast(operands, operands.batch()):
         return _xla_forward_of_rows(spec, operands)
     return _xla_forward_of_whole(spec, operands)
 

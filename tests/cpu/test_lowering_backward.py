@@ -250,12 +250,20 @@ def test_an_array_scale_is_folded_into_the_query_and_has_a_gradient():
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
-    ("sizes", "calls"),
-    [({"t": 0}, 1), ({"s": 0}, 1), ({"batch": (0,)}, 0), ({"n": 0, "k": 2}, 0)],
-    ids=str,
+    ("sizes", "calls"), [({"t": 0}, 1), ({"s": 0}, 1), ({"batch": (0,)}, 0)], ids=str
 )
 def test_a_gradient_that_is_not_empty_takes_the_kernel_which_zeroes_it(sizes, calls):
     assert backward_calls(cuda_text(gradients(is_causal=True), *bf16(**sizes))) == calls
+
+
+@pytest.mark.usefixtures("kernels")
+def test_keys_that_no_query_head_reads_have_zero_gradients_and_no_kernel():
+    args = bf16(n=0, k=2)
+    f = gradients(is_causal=True)
+    assert backward_calls(cuda_text(f, *args)) == 0
+    for got, x in zip(jax.jit(f)(*args), args):
+        assert got.shape == x.shape
+        assert not got.any()
 
 
 # --- What is copied, and how large things are --------------------------------------------------
