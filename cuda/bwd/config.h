@@ -33,8 +33,9 @@ struct BwdConfig {
   // Rows of a block of dQ's accumulator; what lse, delta and dQ are padded to, whatever tile_m is.
   static constexpr int kBlockRows = 64;
   static constexpr int kPaddedRows = 128;
-  static constexpr int kDqColumns = 64;       // of dQ, at a time
+  static constexpr int kDqColumns = 64;       // of a block of dQ
   static constexpr int kDqBuffers = 2;        // on their way from registers to memory
+  static constexpr int kDqAdders = 2;         // kInTurns: threads that add a step each
   static constexpr int kQueryWarpgroups = 2;  // kOwnPass: of a CTA that makes dQ
   static constexpr int kQueryRows = 64 * kQueryWarpgroups;
   static constexpr int kLoaderRegisters = 24;
@@ -45,10 +46,16 @@ struct BwdConfig {
   constexpr bool two_pass() const { return dq_sum == DqSum::kOwnPass; }
   constexpr bool deterministic() const { return dq_sum != DqSum::kAnyOrder; }
 
-  // The key warpgroups, and the one that loads and makes dQ. Of two passes: two, and the one that
-  // loads.
+  constexpr bool in_turns() const { return dq_sum == DqSum::kInTurns; }
+  // Blocks of kBlockRows x kDqColumns that a step makes of dQ, and how many of a block's columns
+  // one product makes. In turns a fourth warpgroup leaves registers for half of them.
+  constexpr int dq_blocks() const { return tile_m / kBlockRows * (head_dim / kDqColumns); }
+  constexpr int dq_product_columns() const { return in_turns() ? kDqColumns / 2 : kDqColumns; }
+
+  // The key warpgroups, and the one that loads and makes dQ; in turns one more, that loads and
+  // adds. Of two passes: two, and the one that loads.
   constexpr int threads() const {
-    return 128 * ((two_pass() ? kQueryWarpgroups : key_warpgroups) + 1);
+    return 128 * ((two_pass() ? kQueryWarpgroups : key_warpgroups) + 1 + in_turns());
   }
 
   constexpr int kv_bytes() const { return tile_n() * head_dim * kElementBytes; }
@@ -60,10 +67,11 @@ struct BwdConfig {
   constexpr int smem_bytes() const {
     const int tiles = 2 * kv_bytes() + stages * 2 * q_bytes() + dscores_stages * dscores_bytes();
     const int stats = stages * 2 * stats_bytes();
-    // Barriers: key and value; full of each stage (of two passes, empty too), full and empty of dS.
+    // Barriers: key and value; full of each stage (of two passes, empty too), full and empty of dS
+    // and of dQ.
     if (!two_pass()) {
       return struct_bytes(tiles + kDqBuffers * dq_bytes(), stats,
-                          2 + 2 * stages + 2 * dscores_stages);
+                          2 + 2 * stages + 2 * dscores_stages + 2 * kDqAdders);
     }
     const int keys = struct_bytes(tiles, stats, 2 + 4 * stages + 2 * dscores_stages);
     const int queries = struct_bytes(2 * kQueryWarpgroups * q_bytes() + (k_stages + 1) * kv_bytes(),
@@ -77,7 +85,7 @@ struct BwdConfig {
 
   // setmaxnreg: multiples of 8. The sum over warpgroups must stay within what the CTA got at
   // launch, threads() times the cap that __launch_bounds__ implies.
-  constexpr int dq_registers() const { return 72; }
+  constexpr int dq_registers() const { return in_turns() ? 56 : 72; }
   constexpr int key_registers() const { return two_pass() ? 240 : 216; }
 
   constexpr bool fits() const {
@@ -89,7 +97,9 @@ struct BwdConfig {
     }
     return smem_bytes() <= kMaxSmemBytes && head_dim % 64 == 0 && stages >= 2 &&
            tile_m % kBlockRows == 0 && kPaddedRows % tile_m == 0 && dscores_stages >= 1 &&
-           128 * (dq_registers() + key_warpgroups * key_registers()) <=
+           (!in_turns() || dq_blocks() == kDqBuffers) &&
+           128 * (dq_registers() + key_warpgroups * key_registers() +
+                  (in_turns() ? kLoaderRegisters : 0)) <=
                65536 / threads() / 8 * 8 * threads();
   }
 };

@@ -1,6 +1,7 @@
-// The dQ warpgroup: dQ = dS K of each step over the CTA's keys, added to the accumulator in global
-// memory, off the key warpgroups' critical path. Where the result must be the same bits in every
-// run, the key tiles take turns.
+// The dQ warpgroup: dQ = dS K of each step over the CTA's keys, staged in shared memory for the
+// copy engine to add to the accumulator in global memory, off the key warpgroups' critical path. It
+// loads and adds for itself too, unless key tiles take turns in adding: then a warpgroup beside it
+// does both (turns.cuh).
 //
 // The accumulator keeps registers' order, so that a lane moves 16 bytes at a time: of a block of 64
 // queries x 64 columns, accumulators 4 k .. 4 k + 3 of thread t are floats 4 (128 k + t) + 0 .. 3.
@@ -16,14 +17,51 @@
 
 namespace jax_fa3 {
 
+// A CTA's steps in dQ's accumulator. Those of one head lie next to each other, its siblings' a
+// whole head away.
+template <class Config>
+class DqSteps {
+  static constexpr BwdConfig kConfig = Config::value;
+  using Order = StepOrder<Config>;
+  static constexpr int kStep = kConfig.tile_m * kConfig.head_dim;  // floats
+  static constexpr int kStride = Order::kBackwards ? -kStep : kStep;
+
+ public:
+  __device__ __forceinline__ DqSteps(const BwdParams& params, const KeyWork& work)
+      : step_(params.dq_accumulator + row_index(params, work.batch, work.head_k * params.group,
+                                                Order(params, work.steps).first * kConfig.tile_m) *
+                                          kConfig.head_dim),
+        steps_(work.steps.end - work.steps.begin),
+        left_of_head_(steps_),
+        next_head_(static_cast<int64_t>(params.padded_q) * kConfig.head_dim -
+                   int64_t{steps_} * kStride) {}
+
+  __device__ __forceinline__ float* operator*() const { return step_; }
+  __device__ __forceinline__ void advance() {
+    step_ += kStride;
+    if (--left_of_head_ == 0) {
+      left_of_head_ = steps_;
+      step_ += next_head_;
+    }
+  }
+
+ private:
+  float* step_;
+  const int32_t steps_;
+  int32_t left_of_head_;
+  const int64_t next_head_;
+};
+
 template <class Config>
 class DqWarpgroup {
   static constexpr BwdConfig kConfig = Config::value;
   static constexpr int kTileN = kConfig.tile_n();
   static constexpr int kChunks = kConfig.head_dim / BwdConfig::kDqColumns;
-  static constexpr int kBlocks = kConfig.tile_m / BwdConfig::kBlockRows * kChunks;  // a step
-  static constexpr int kAccumulators = BwdConfig::kDqColumns / 2;
-  static constexpr bool kInTurns = kConfig.dq_sum == DqSum::kInTurns;
+  static constexpr int kBlocks = kConfig.dq_blocks();
+  static constexpr int kColumns = kConfig.dq_product_columns();
+  static constexpr int kParts = BwdConfig::kDqColumns / kColumns;  // products a block
+  static constexpr int kAccumulators = kColumns / 2;
+  static constexpr bool kInTurns = kConfig.in_turns();
 
  public:
   __device__ __forceinline__ DqWarpgroup(const BwdParams& params, const BwdRings<Config>& rings,
@@ -32,66 +70,51 @@ class DqWarpgroup {
 
   __device__ __forceinline__ void run() {
     const bool leader = threadIdx.x % ptx::kWarpgroupSize == 0;
-    const int32_t steps = work_.steps.end - work_.steps.begin;
+    const int32_t total = params_.group * (work_.steps.end - work_.steps.begin);
     Loader<Config> loader(params_, rings_, work_);
-    if (leader) loader.begin();
+    if (!kInTurns && leader) loader.begin();
     __syncwarp();
-    if (steps == 0) return;
+    if (total == 0) return;
     ptx::mbarrier_wait(rings_.k_full, 0);
-    // The steps of one head lie next to each other, its siblings' a whole head away.
-    using Order = StepOrder<Config>;
-    float* block =
-        params_.dq_accumulator + row_index(params_, work_.batch, work_.head_k * params_.group,
-                                           Order(params_, work_.steps).first * kConfig.tile_m) *
-                                     kConfig.head_dim;
-    constexpr int kStride = Order::kBackwards ? -kStep : kStep;
-    const int64_t next_head =
-        static_cast<int64_t>(params_.padded_q) * kConfig.head_dim - int64_t{steps} * kStride;
-    int32_t left_of_head = steps;
+    DqSteps<Config> destination(params_, work_);
 #pragma unroll 1
-    for (int32_t left = params_.group * steps; left > 0; --left) {
+    for (int32_t left = total; left > 0; --left) {
       rings_.dscores_ring.wait(at_);
-      if (leader) {
-        if constexpr (kInTurns) look_at_turn(block);
-        if (left != params_.group * steps) loader.load_step();
-      }
+      if (!kInTurns && leader && left != total) loader.load_step();
       __syncwarp();
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
+      for (int i = 0; i < kBlocks * kParts; ++i) {
+        const int block = i / kParts;
         ptx::wgmma_fence();
-        multiply(i / kChunks, i % kChunks);
+        multiply(block / kChunks, block % kChunks, i % kParts);
         ptx::wgmma_wait<0>();
         ptx::fence_registers(dq_);
-        if (i == kBlocks - 1) {
+        if (i == kBlocks * kParts - 1) {
           rings_.dscores_ring.release(at_);
           at_.advance();
         }
-        add(leader, i, block + i * kBlock);
+        if constexpr (kInTurns) {
+          hand_over(i);
+        } else {
+          add(leader, *destination + block * kBlock);
+        }
       }
-      block += kStride;
-      if (--left_of_head == 0) {
-        left_of_head = steps;
-        block += next_head;
-      }
+      destination.advance();
     }
-    if (leader) {
-      ptx::bulk_wait_read<0>();
-      if constexpr (kInTurns) pass_turn();
-    }
+    if (!kInTurns && leader) ptx::bulk_wait_read<0>();
   }
 
  private:
   static constexpr int kBlock = BwdConfig::kBlockRows * BwdConfig::kDqColumns;  // floats
-  static constexpr int kStep = kConfig.tile_m * kConfig.head_dim;
 
-  // 64 rows and columns of dS K: A [64 queries, keys] and B [keys, 64], both stored with the keys
-  // as rows.
-  __device__ __forceinline__ void multiply(int half, int chunk) {
-    using Mma = ptx::Wgmma<kConfig.dtype, BwdConfig::kDqColumns>;
+  // 64 rows and kColumns columns of dS K: A [64 queries, keys] and B [keys, kColumns], both stored
+  // with the keys as rows.
+  __device__ __forceinline__ void multiply(int half, int chunk, int part) {
+    using Mma = ptx::Wgmma<kConfig.dtype, kColumns>;
     const ptx::SmemOperand dscores = ptx::mn_major_operand(
         rings_.dscores + at_.stage * kConfig.dscores_bytes() + half * kTileN * 128, kTileN * 128);
-    const ptx::SmemOperand keys =
-        ptx::mn_major_operand(rings_.k + chunk * kTileN * 128, kTileN * 128);
+    const ptx::SmemOperand keys = ptx::mn_major_operand(
+        rings_.k + chunk * kTileN * 128 + part * kColumns * BwdConfig::kElementBytes, kTileN * 128);
 #pragma unroll
     for (int step = 0; step < kTileN / 16; ++step) {
       Mma::template ss<ptx::Major::kMN, ptx::Major::kMN>(
@@ -100,23 +123,40 @@ class DqWarpgroup {
     ptx::wgmma_commit();
   }
 
-  // Adds block `i` of a step to the accumulator: registers to shared memory, from where the copy
-  // engine takes it. Two buffers: the one to fill was the last but one to leave.
-  __device__ __forceinline__ void add(bool leader, int i, float* destination) {
+  // Adds a block to the accumulator: registers to shared memory, from where the copy engine takes
+  // it. Two buffers: the one to fill was the last but one to leave.
+  __device__ __forceinline__ void add(bool leader, float* destination) {
     static_assert(BwdConfig::kDqBuffers == 2);
     constexpr int kBarrier = static_cast<int>(ptx::NamedBarrier::kDq);
     const uint32_t buffer = rings_.dq + buffer_ * BwdConfig::dq_bytes();
     buffer_ ^= 1;
-    if (leader) {
-      if (kInTurns && i == 0) {
-        // A step later its additions are complete, or nearly. (At once, waiting for them holds the
-        // warpgroup up: head dim 128 ran at 0.63 of the default's speed.)
-        if (turn_ >= 0) pass_turn();
-      } else {
-        ptx::bulk_wait_read<1>();
-      }
-    }
+    if (leader) ptx::bulk_wait_read<1>();
     ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
+    stage(buffer);
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
+    if (leader) {
+      ptx::bulk_add_f32(destination, buffer, BwdConfig::dq_bytes());
+      ptx::bulk_commit();
+    }
+  }
+
+  // In turns: stages product `i` of a step, and hands the step over after its last. Before the
+  // first the step before must have been read: all steps share the buffers.
+  __device__ __forceinline__ void hand_over(int i) {
+    if (i == 0) {
+      ptx::mbarrier_wait(rings_.dq_ring.empty_barrier(dq_before_.stage), dq_before_.phase);
+      dq_before_.advance();
+    }
+    stage(rings_.dq + i * (BwdConfig::dq_bytes() / kParts));
+    if (i != kBlocks * kParts - 1) return;
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (ptx::lane_index() == 0) ptx::mbarrier_arrive(rings_.dq_ring.full_barrier(dq_at_.stage));
+    dq_at_.advance();
+  }
+
+  __device__ __forceinline__ void stage(uint32_t buffer) const {
     const uint32_t address = buffer + threadIdx.x % ptx::kWarpgroupSize * 16;
 #pragma unroll
     for (int i = 0; i < kAccumulators; i += 4) {
@@ -124,37 +164,6 @@ class DqWarpgroup {
                    "f"(dq_[i + 1]), "f"(dq_[i + 2]), "f"(dq_[i + 3])
                    : "memory");
     }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_sync(kBarrier, ptx::kWarpgroupSize);
-    if (leader) {
-      if (kInTurns && i == 0) await_turn(destination);
-      ptx::bulk_add_f32(destination, buffer, BwdConfig::dq_bytes());
-      ptx::bulk_commit();
-    }
-  }
-
-  // Key tiles add to a step in the order of their launch, so that none waits for one that has no
-  // multiprocessor yet. One thread; `step` is where its blocks begin.
-  //
-  // The counters are relaxed: they publish nothing, they order additions that the L2 does. Those of
-  // one tile have been done when its bulk_wait returns, and those of the next are issued after it
-  // has read the counter. (With release, acquire and proxy fences the mode took a third more time.)
-  __device__ __forceinline__ void look_at_turn(const float* step) {
-    seen_ = ptx::load_relaxed(params_.turns + turn_index(step));
-  }
-  __device__ __forceinline__ void await_turn(const float* step) {
-    turn_ = turn_index(step);
-    while (seen_ != static_cast<uint32_t>(work_.n_tile)) {
-      seen_ = ptx::load_relaxed(params_.turns + turn_);
-    }
-  }
-  __device__ __forceinline__ void pass_turn() const {
-    ptx::bulk_wait<0>();
-    ptx::add_relaxed(params_.turns + turn_, 1);
-  }
-  __device__ __forceinline__ int32_t turn_index(const float* step) const {
-    return static_cast<int32_t>((step - params_.dq_accumulator) /
-                                (BwdConfig::kBlockRows * kConfig.head_dim));
   }
 
   const BwdParams& params_;
@@ -162,8 +171,8 @@ class DqWarpgroup {
   const KeyWork& work_;
   typename BwdRings<Config>::DscoresPosition at_;
   int buffer_ = 0;
-  int32_t turn_ = -1;  // index of the step added to last; none yet
-  uint32_t seen_;      // of a turn's counter
+  typename BwdRings<Config>::DqPosition dq_at_;            // in turns: this step's place
+  typename BwdRings<Config>::DqPosition dq_before_{1, 1};  // and that of the step before it
   float dq_[kAccumulators];
 };
 

@@ -122,7 +122,8 @@ class KeyWarpgroup : KeyRows<Config> {
       auto next = at_;
       if (left > 1) {
         next.advance();
-        order.advance(m);
+        // In turns every register counts. (Without a causal mask all steps are masked alike.)
+        if constexpr (!kConfig.in_turns() || kConfig.mask == MaskKind::kCausal) order.advance(m);
         wait(rings_.q_full, next);
       }
       ptx::wgmma_wait<0>();
@@ -164,7 +165,7 @@ class KeyWarpgroup : KeyRows<Config> {
     const uint32_t tile = rings_.dscores + dscores_at_.stage * kConfig.dscores_bytes();
     ptx::mbarrier_wait(rings_.dscores_ring.empty_barrier(dscores_at_.stage), dscores_at_.phase ^ 1);
     uint32_t lane = dscores_lane_;
-    if constexpr (kConfig.dq_sum == DqSum::kInTurns) {
+    if constexpr (kConfig.in_turns()) {
       // Opaque in each step, or ptxas keeps all of its swizzled forms in registers and spills.
       asm volatile("" : "+r"(lane));
     }

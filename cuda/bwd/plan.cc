@@ -46,7 +46,7 @@ Status plan_bwd(const Problem& problem, const Device& /*device*/, BwdPlan& plan)
   const int64_t pair_bytes = std::max<int64_t>(
       1, group * plan.padded_q * problem.head_dim * (2 * BwdConfig::kElementBytes + 4));
   int64_t in_flight = equal_groups(pairs, kSharedL2Bytes / pair_bytes);
-  if (found->config.dq_sum == DqSum::kInTurns) {
+  if (found->config.in_turns()) {
     // The more pairs, the further apart are two key tiles of the same one, and the less do they
     // wait for each other; but where the first has added to dQ, the second had better find it in
     // the L2. Of P pairs with `steps` steps a tile it comes P * steps / 132 steps later, and in
@@ -86,7 +86,7 @@ BwdWorkspace::BwdWorkspace(const Problem& problem, const BwdPlan& plan) {
   dq_accumulator = delta + 4 * rows;
   const BwdConfig& config = plan.named().config;
   turns = dq_accumulator + (config.two_pass() ? 0 : 4 * rows * problem.head_dim);
-  bytes = turns + (config.dq_sum == DqSum::kInTurns ? 4 * rows / BwdConfig::kBlockRows : 0);
+  bytes = turns + (config.in_turns() ? 4 * rows / BwdConfig::kBlockRows : 0);
 }
 
 int64_t bwd_workspace_bytes(const Problem& problem) {

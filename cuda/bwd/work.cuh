@@ -28,6 +28,7 @@ struct BwdSmem {
   uint64_t k_full, v_full;
   uint64_t q_full[kConfig.stages], dout_full[kConfig.stages];
   uint64_t dscores_full[kConfig.dscores_stages], dscores_empty[kConfig.dscores_stages];
+  uint64_t dq_full[BwdConfig::kDqAdders], dq_empty[BwdConfig::kDqAdders];  // in turns
 };
 
 // The shared memory as the roles see it: addresses.
@@ -36,11 +37,13 @@ struct BwdRings {
   static constexpr BwdConfig kConfig = Config::value;
   using Position = RingPosition<kConfig.stages>;
   using DscoresPosition = RingPosition<kConfig.dscores_stages>;
+  using DqPosition = RingPosition<BwdConfig::kDqAdders>;
 
   uint32_t k, v, q, dout, dscores, dq, lse_log2, delta;
   uint32_t k_full, v_full;
   uint32_t q_full, dout_full;  // kConfig.stages each: queries and their lse, dout and its delta
   Ring<kConfig.dscores_stages> dscores_ring;
+  Ring<BwdConfig::kDqAdders> dq_ring;  // in turns: steps of dQ, one after another in the same place
 
   __device__ __forceinline__ explicit BwdRings(BwdSmem<Config>& smem)
       : k(ptx::shared_address(smem.k)),
@@ -56,7 +59,8 @@ struct BwdRings {
         q_full(ptx::shared_address(smem.q_full)),
         dout_full(ptx::shared_address(smem.dout_full)),
         dscores_ring{ptx::shared_address(smem.dscores_full),
-                     ptx::shared_address(smem.dscores_empty)} {}
+                     ptx::shared_address(smem.dscores_empty)},
+        dq_ring{ptx::shared_address(smem.dq_full), ptx::shared_address(smem.dq_empty)} {}
 
   // One thread.
   __device__ __forceinline__ void init() const {
@@ -66,7 +70,9 @@ struct BwdRings {
       ptx::mbarrier_init(q_full + 8 * stage, 1);
       ptx::mbarrier_init(dout_full + 8 * stage, 1);
     }
-    dscores_ring.init(4, kConfig.key_warps());  // consumers: dQ's warps
+    // Consumers: dQ's warps, and in turns the thread that loads.
+    dscores_ring.init(kConfig.in_turns() ? 5 : 4, kConfig.key_warps());
+    if constexpr (kConfig.in_turns()) dq_ring.init(1, 4);
   }
 };
 
@@ -82,7 +88,7 @@ struct KeyWork {
 template <class Config>
 struct StepOrder {
   static constexpr bool kBackwards =
-      Config::value.dq_sum == DqSum::kInTurns && Config::value.mask == MaskKind::kCausal;
+      Config::value.in_turns() && Config::value.mask == MaskKind::kCausal;
   int32_t first, end;
 
   // A head's last step is the same for all keys; worked out anew, it needs no register.
@@ -103,7 +109,7 @@ __device__ __forceinline__ KeyWork key_work(const BwdParams& params, uint32_t in
   constexpr BwdConfig kConfig = Config::value;
   const KeyTileGrid& grid = params.grid;
   uint32_t n_tile, pair;
-  if constexpr (kConfig.mask == MaskKind::kCausal || kConfig.dq_sum == DqSum::kInTurns) {
+  if constexpr (kConfig.mask == MaskKind::kCausal || kConfig.in_turns()) {
     // Of key tiles the first are the longest. In turns: those of other pairs lie between two of
     // the same, which gives the first a start.
     const LongestFirst at = longest_first(grid.tiles, grid.n_tiles, grid.pairs_in_flight, index);

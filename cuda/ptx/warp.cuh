@@ -45,14 +45,15 @@ __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A counter in global memory by which CTAs wait for one another. It orders nothing else.
-__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* counter) {
+// A counter in global memory by which CTAs wait for one another: what a thread did before it added
+// is done for whoever has seen the sum.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-__device__ __forceinline__ void add_relaxed(uint32_t* counter, uint32_t value) {
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+__device__ __forceinline__ void add_release(uint32_t* counter, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
 // Reductions over the four lanes that share an accumulator row.
