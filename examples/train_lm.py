@@ -415,12 +415,14 @@ def initial_state(settings, seed):
     return parameters, make_optimizer().init(parameters)
 
 
-def learning_rate_at(progress, settings):
+def learning_rate_at(step, progress, settings):
     """Linear warm-up over the first 4 % of a run, then a cosine to a tenth of the peak.
 
-    It follows progress in [0, 1], not the step, so a run that its time limit ends also anneals.
+    It follows progress in [0, 1], not the step, so a run that its time limit ends also anneals. The
+    warm-up alone takes 16 steps or more: at the peak an untrained model jumps, and two attentions
+    that differ by rounding jump apart.
     """
-    warm_up = min(1.0, progress / 0.04)
+    warm_up = min(1.0, progress / 0.04, (step + 1) / 16)
     return settings.learning_rate * warm_up * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
@@ -477,7 +479,7 @@ def train(settings, attention, train_text, validation_text, seed):
                     f"{step} of {settings.steps} steps done."
                 )
                 break
-            rate = learning_rate_at(progress + 1 / settings.steps, settings)
+            rate = learning_rate_at(step, progress + 1 / settings.steps, settings)
             windows = random_windows(train_text, settings, (seed, 0, step))
             state, loss, norm = train_step(state, windows, rate)
             losses.append(loss)
