@@ -1,6 +1,7 @@
 """Runs the kernels under compute-sanitizer: memcheck, racecheck, synccheck, initcheck.
 
     python tools/sanitize.py [--tool memcheck]... [--program PATH]...     # on a Hopper GPU
+    python tools/sanitize.py --soak 1000     # no compute-sanitizer: launches that must repeat
 
 The programs are tests/cuda/fwd_device.cu and bwd_device.cu, which launch the kernels straight from
 C++ and check what they return; they are built here when --program names none (nvcc on the path, a
@@ -92,23 +93,30 @@ def main() -> int:
     parser.add_argument(
         "--program", action="append", type=pathlib.Path, help="device tests, already built"
     )
+    parser.add_argument(
+        "--soak", type=int, metavar="LAUNCHES", help="instead: launches compared with their first"
+    )
     options = parser.parse_args()
-    sanitizer = find_sanitizer()
+    if options.soak is None:
+        sanitizer = find_sanitizer()
+        commands = {
+            tool: [
+                sanitizer,
+                f"--tool={tool}",
+                f"--error-exitcode={FOUND_SOMETHING}",
+                *LEFT_OUT.get(tool, ()),
+            ]
+            for tool in options.tool or TOOLS
+        }
+        arguments = []
+    else:
+        commands, arguments = {"soak": []}, [f"--soak={options.soak}"]
     verdicts = {}
     with tempfile.TemporaryDirectory() as folder:
         programs = options.program or [build(name, pathlib.Path(folder)) for name in PASSES]
-        for tool, program in itertools.product(options.tool or TOOLS, programs):
+        for tool, program in itertools.product(commands, programs):
             print(f"== {tool} {program.name}", flush=True)
-            status = subprocess.run(
-                [
-                    sanitizer,
-                    f"--tool={tool}",
-                    f"--error-exitcode={FOUND_SOMETHING}",
-                    *LEFT_OUT.get(tool, ()),
-                    program,
-                ],
-                check=False,
-            ).returncode
+            status = subprocess.run([*commands[tool], program, *arguments], check=False).returncode
             reason = {0: "clean", FOUND_SOMETHING: "found something"}
             verdicts[tool, program.name] = reason.get(status, f"the program failed ({status})")
     for (tool, program), verdict in verdicts.items():
