@@ -16,10 +16,12 @@ mbarrier, and the same lanes of the other warpgroup wait for it and read. racech
 barrier to order lane 0's own stores only and reports the other 31 of 32 lanes (95232 of 98304 bytes
 a case, exactly that share); __syncwarp orders theirs before its arrival, and an arrival releases
 what came before it. In bwd_kernel with dQ added in turns it reports the loads of lse and delta
-against the key warpgroups' reads of what lay in the stage before, in some of the cases. The thread
-that loads waits for the phase of dscores_full that comes a whole step after those reads, as the dQ
-warpgroup does too; where that warpgroup's own thread loads, behind the same wait, nothing is
-reported.
+(cp.async.bulk) against the key warpgroups' reads of what lay in their stage before, of all lanes,
+in some of the cases. The thread that loads waits for the phase of dscores_full that comes a whole
+step after those reads. racecheck orders cp.async.bulk by an mbarrier only where a bar.sync helps,
+as the dQ warpgroup's does in the other kernels:
+https://github.com/Dao-AILab/flash-attention/blob/main/AI/RACECHECK_TMA_HAZARD.md found the same in
+a kernel of its own, and nothing to be wrong.
 """
 
 from __future__ import annotations
