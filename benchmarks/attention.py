@@ -785,6 +785,8 @@ def main(argv):
     unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
         raise app.UsageError(f"--peers={','.join(unknown)}: expected some of {', '.join(PEERS)}")
+    if lines := implementations.broken(peers):
+        raise app.UsageError("\n".join([*lines, "Repair it, or name --peers without it."]))
     if mode == "parallel" and len(peers) > 1:
         raise app.UsageError(f"--peers={','.join(peers)}: mode parallel takes one")
     if mode == "parallel" and jax.local_device_count() < 2:

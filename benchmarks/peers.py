@@ -141,9 +141,7 @@ def _import_tokamax():
     for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
         sys.modules.setdefault(name, unittest.mock.MagicMock())
     sys.modules.setdefault("xprof.cli.tools.get_kernel_stats_tool", unittest.mock.MagicMock())
-    import tokamax  # pyright: ignore[reportMissingImports]
-
-    return tokamax
+    return importlib.import_module("tokamax")
 
 
 def _tokamax(row):
@@ -173,6 +171,27 @@ _OTHERS = {
     "dew_flash_attn": functools.partial(_flash_mha, "dew_flash_attn"),
 }
 PEERS = ("fa3", *_OTHERS)
+_IMPORTS = {
+    "tokamax": _import_tokamax,
+    "flash_attn3_jax": functools.partial(importlib.import_module, "flash_attn3_jax"),
+    "dew_flash_attn": functools.partial(importlib.import_module, "dew_flash_attn"),
+}
+
+
+def broken(peers):
+    """Why those of `peers` whose package is installed cannot be imported: a line each.
+
+    A figure without them would look as if they had not been asked for.
+    """
+    lines = []
+    for peer in peers:
+        if peer not in _IMPORTS or importlib.util.find_spec(peer) is None:
+            continue
+        try:
+            _IMPORTS[peer]()
+        except Exception as error:  # whatever the import of a stranger raises
+            lines.append(f"{peer} is installed and cannot be imported: {error!r}")
+    return lines
 
 
 def attention(peer, row, config=None):

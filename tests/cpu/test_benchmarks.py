@@ -160,6 +160,16 @@ def test_the_deterministic_peer_is_left_out_where_the_default_is_it(peers, harne
     assert attention.keywords["implementation"] == "fa3"
 
 
+def test_a_peer_that_is_installed_and_cannot_be_imported_is_no_peer_left_out(
+    peers, tmp_path, monkeypatch
+):
+    (tmp_path / "flash_attn3_jax.py").write_text("raise SystemError('another pydantic')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peers.broken(["fa3", "flash_attn3_jax"]) == [
+        "flash_attn3_jax is installed and cannot be imported: SystemError('another pydantic')"
+    ]
+
+
 def test_flash_attention_3_of_both_passes_lies_between_its_ratios(attention, peers, harness):
     row = harness.Row(128, "causal", 8192, 2, 16)  # 1.22 forward, 1.14 backward
     assert peers.flash_attention_3_over_cudnn_together(row, 0) == pytest.approx(1.14)
