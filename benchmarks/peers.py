@@ -133,22 +133,44 @@ def jnp_of_any_size(row):
     )
 
 
+PACKAGES = ("tokamax", "flash_attn3_jax", "dew_flash_attn")  # the peers that are one, by its name
+
+
 @functools.cache
-def _import_tokamax():
-    if importlib.util.find_spec("tokamax") is None:
+def _package(name):
+    """Raises: Unavailable where it is not installed, and what its import raises."""
+    if importlib.util.find_spec(name) is None:
         raise Unavailable("not installed")
-    # tokamax's benchmark helper imports xprof, a large package that attention does not need.
-    for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
-        sys.modules.setdefault(name, unittest.mock.MagicMock())
-    sys.modules.setdefault("xprof.cli.tools.get_kernel_stats_tool", unittest.mock.MagicMock())
-    return importlib.import_module("tokamax")
+    if name == "tokamax":
+        # Its benchmark helper imports xprof, a large package that attention does not need.
+        for unused in ("", ".cli", ".cli.tools", ".cli.tools.get_kernel_stats_tool"):
+            sys.modules.setdefault(f"xprof{unused}", unittest.mock.MagicMock())
+    return importlib.import_module(name)
+
+
+def broken(peers):
+    """Why those of `peers` whose package is installed cannot be imported: a line each.
+
+    A figure without them would look as if they had not been asked for.
+    """
+    lines = []
+    for peer in PACKAGES:
+        if peer not in peers:
+            continue
+        try:
+            _package(peer)
+        except Unavailable:
+            pass
+        except Exception as error:  # whatever the import of a stranger raises
+            lines.append(f"{peer} is installed and cannot be imported: {error!r}")
+    return lines
 
 
 def _tokamax(row):
     if jax.default_backend() != "gpu":
         raise Unavailable("its mosaic kernels need a GPU")
     return functools.partial(
-        _import_tokamax().dot_product_attention, is_causal=row.causal, implementation="mosaic"
+        _package("tokamax").dot_product_attention, is_causal=row.causal, implementation="mosaic"
     )
 
 
@@ -156,9 +178,7 @@ def _flash_mha(module, row):
     """A wheel of the original FlashAttention-3 kernels for JAX."""
     if jax.default_backend() != "gpu":
         raise Unavailable("needs a GPU")
-    if importlib.util.find_spec(module) is None:
-        raise Unavailable("not installed")
-    return functools.partial(importlib.import_module(module).flash_mha, is_causal=row.causal)
+    return functools.partial(_package(module).flash_mha, is_causal=row.causal)
 
 
 _OTHERS = {
@@ -171,27 +191,6 @@ _OTHERS = {
     "dew_flash_attn": functools.partial(_flash_mha, "dew_flash_attn"),
 }
 PEERS = ("fa3", *_OTHERS)
-_IMPORTS = {
-    "tokamax": _import_tokamax,
-    "flash_attn3_jax": functools.partial(importlib.import_module, "flash_attn3_jax"),
-    "dew_flash_attn": functools.partial(importlib.import_module, "dew_flash_attn"),
-}
-
-
-def broken(peers):
-    """Why those of `peers` whose package is installed cannot be imported: a line each.
-
-    A figure without them would look as if they had not been asked for.
-    """
-    lines = []
-    for peer in peers:
-        if peer not in _IMPORTS or importlib.util.find_spec(peer) is None:
-            continue
-        try:
-            _IMPORTS[peer]()
-        except Exception as error:  # whatever the import of a stranger raises
-            lines.append(f"{peer} is installed and cannot be imported: {error!r}")
-    return lines
 
 
 def attention(peer, row, config=None):
