@@ -91,11 +91,12 @@ def build(name: str, folder: pathlib.Path) -> pathlib.Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs the kernels under compute-sanitizer")
-    parser.add_argument("--tool", action="append", choices=TOOLS, help="default: all four")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tool", action="append", choices=TOOLS, help="default: all four")
     parser.add_argument(
         "--program", action="append", type=pathlib.Path, help="device tests, already built"
     )
-    parser.add_argument(
+    what.add_argument(
         "--soak", type=int, metavar="LAUNCHES", help="instead: launches compared with their first"
     )
     options = parser.parse_args()
