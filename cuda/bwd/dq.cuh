@@ -69,10 +69,11 @@ class DqWarpgroup {
       : params_(params), rings_(rings), work_(work) {}
 
   __device__ __forceinline__ void run() {
-    const bool leader = threadIdx.x % ptx::kWarpgroupSize == 0;
+    // Loads and adds. In turns nobody here does.
+    const bool leader = !kInTurns && threadIdx.x % ptx::kWarpgroupSize == 0;
     const int32_t total = params_.group * (work_.steps.end - work_.steps.begin);
     Loader<Config> loader(params_, rings_, work_);
-    if (!kInTurns && leader) loader.begin();
+    if (leader) loader.begin();
     __syncwarp();
     if (total == 0) return;
     ptx::mbarrier_wait(rings_.k_full, 0);
@@ -80,7 +81,7 @@ class DqWarpgroup {
 #pragma unroll 1
     for (int32_t left = total; left > 0; --left) {
       rings_.dscores_ring.wait(at_);
-      if (!kInTurns && leader && left != total) loader.load_step();
+      if (leader && left != total) loader.load_step();
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kBlocks * kParts; ++i) {
@@ -101,7 +102,7 @@ class DqWarpgroup {
       }
       destination.advance();
     }
-    if (!kInTurns && leader) ptx::bulk_wait_read<0>();
+    if (leader) ptx::bulk_wait_read<0>();
   }
 
  private:

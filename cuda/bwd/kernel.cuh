@@ -8,7 +8,7 @@
 //   warpgroups 0..W-1  keys   64 keys each: scores and their derivative again, dK and dV
 //   warpgroup W        dQ     one thread loads by TMA; all make dQ of the step over the CTA's keys
 //                             and add it to what other CTAs add, in memory
-//   warpgroup W + 1    turns  only where key tiles take turns in adding: a thread loads, two add
+//   warpgroup W + 1    turns  only where key tiles take turns in adding: it loads and adds instead
 //
 //   dQ --k_full, v_full, q_full[s], dout_full[s]--> keys --dscores_full[s]--> dQ
 //                                                        <--dscores_empty[s]--

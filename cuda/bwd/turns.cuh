@@ -2,12 +2,14 @@
 // the same bits in every run: one thread loads, two add. A step's turn comes when the key tiles of
 // lower index have added to it, which a counter in global memory says.
 //
-// A turn may be passed on when the additions are done, and that takes as long as a step: the copy
-// engine says when it has sent them, a release waits until they have arrived. So two threads add, a
-// step each in turn, and neither the tensor cores nor the loads wait for them. (Counters without
-// release and acquire are wrong: with the L2 overloaded 59 of 60 runs differed. With them in
-// the dQ warpgroup's own thread the mode ran at 0.62 of the default's speed, at 0.85 with a turn
-// for four steps.)
+// A turn is passed on by a release, behind the wait for the additions: the wait alone orders them
+// for the thread that issued them, not for the next key tile's. (With the L2 overloaded 59 of 60
+// runs differed.) A release takes half a step, so two threads add, every other step each, and
+// neither the tensor cores nor the loads wait for them. (In the dQ warpgroup's own thread the mode
+// ran at 0.62 of the default's speed, at 0.85 with a turn for four steps.)
+//
+// A key tile waits only for tiles of the same (batch row, head) pair and a lower index, which have
+// been launched before it, and which come to every step that it comes to.
 #pragma once
 
 #include "cuda/bwd/dq.cuh"
@@ -43,7 +45,8 @@ __device__ __forceinline__ void add_steps(const BwdParams& params, const BwdRing
   constexpr BwdConfig kConfig = Config::value;
   constexpr int kAdders = BwdConfig::kDqAdders;
   DqSteps<Config> destination(params, work);
-  if (first == 1) destination.advance();
+#pragma unroll 1
+  for (int32_t i = 0; i < first; ++i) destination.advance();
   const uint32_t full = rings.dq_ring.full_barrier(first);
   const uint32_t empty = rings.dq_ring.empty_barrier(first);
   uint32_t phase = 0;
@@ -71,7 +74,6 @@ __device__ __forceinline__ void add_steps(const BwdParams& params, const BwdRing
 template <class Config>
 __device__ __forceinline__ void load_and_add(const BwdParams& params, const BwdRings<Config>& rings,
                                              const KeyWork& work) {
-  static_assert(BwdConfig::kDqAdders == 2);
   const int32_t total = params.group * (work.steps.end - work.steps.begin);
   if (ptx::lane_index() != 0) return;
   const int warp = threadIdx.x % ptx::kWarpgroupSize / 32;

@@ -48,7 +48,7 @@ struct Ring {
     ptx::mbarrier_wait(empty_barrier(at.stage), at.phase ^ 1);
     ptx::mbarrier_arrive_expect_tx(full_barrier(at.stage), bytes);
   }
-  // Whole warps.
+  // Whole warps, or single threads.
   __device__ __forceinline__ void wait(const RingPosition<kStages>& at) const {
     ptx::mbarrier_wait(full_barrier(at.stage), at.phase);
   }

@@ -52,7 +52,8 @@ template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-// The calling thread's bulk groups but the newest kPending are complete, in global memory too.
+// The calling thread's bulk groups but the newest kPending are complete: it sees what they wrote.
+// Others do behind a release of this thread's that follows, and not before it.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");

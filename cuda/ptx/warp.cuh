@@ -46,7 +46,8 @@ __device__ __forceinline__ void grow_registers() {
 }
 
 // A counter in global memory by which CTAs wait for one another: what a thread did before it added
-// is done for whoever has seen the sum.
+// is done for whoever has seen the sum. What TMA did for it is where a bulk_wait came before, and
+// what TMA does next where a fence_proxy_async_global comes behind.
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
