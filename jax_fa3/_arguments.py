@@ -341,14 +341,17 @@ def _soft_cap(x: Any, problems: Problems) -> float | None:
     if cap is None:
         problems.add("logits_soft_cap", _describe(x), wanted, is_type=True)
     elif not 1e-30 <= cap <= 1e30:
-        problems.add("logits_soft_cap", repr(x), wanted)
+        problems.add("logits_soft_cap", repr(cap), wanted)
     return cap
 
 
 def _static_number(x: Any) -> float | None:
     """`x` as a float, when it is a real Python or NumPy number."""
     if isinstance(x, (int, float, np.integer, np.floating)):
-        return float(x)
+        try:
+            return float(x)
+        except OverflowError:  # an int
+            return math.inf if x > 0 else -math.inf
     if isinstance(x, np.ndarray) and x.size == 1 and _is_real(x.dtype):
         return float(x.item())
     if isinstance(x, np.generic) and _is_real(x.dtype):  # bfloat16 and other extension scalars
@@ -398,7 +401,7 @@ def _scale(x: Any, q, problems: Problems) -> tuple[float, jax.Array | None]:
     if scale is None:
         problems.add("scale", _describe(x), "a real scalar", is_type=True)
     elif not abs(scale) <= float(jnp.finfo(jnp.float32).max):
-        problems.add("scale", repr(x), "a finite float32")
+        problems.add("scale", repr(scale), "a finite float32")
     return (1.0 if scale is None else scale), None
 
 

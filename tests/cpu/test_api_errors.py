@@ -88,6 +88,7 @@ WRONG = {
     "sinks": ({"sinks": normal((3,))}, ["sinks", "(3,)", "(4,)"]),
     "sinks with a batch": ({"sinks": normal((B, N))}, ["sinks", "(2, 4)", "(4,)"]),
     "scale": ({"scale": normal((4,))}, ["scale", "(4,)"]),
+    "scale beyond float64": ({"scale": -(10**400)}, ["scale", "-inf", "a finite float32"]),
     # Dtypes.
     "key dtype": ({"key": normal((B, S, K, H), jnp.bfloat16)}, ["key", "bfloat16", "float32"]),
     "value dtype": ({"value": normal((B, S, K, H), jnp.float16)}, ["value", "float16", "float32"]),
@@ -122,6 +123,7 @@ WRONG = {
     "zero soft cap": ({"logits_soft_cap": 0.0}, ["logits_soft_cap", "0"]),
     "negative soft cap": ({"logits_soft_cap": -2.5}, ["logits_soft_cap", "-2.5"]),
     "soft cap beyond float32": ({"logits_soft_cap": 1e39}, ["logits_soft_cap", "1e+39", "1e30"]),
+    "soft cap beyond float64": ({"logits_soft_cap": 10**400}, ["logits_soft_cap", "inf", "1e30"]),
     "vanishing soft cap": ({"logits_soft_cap": 1e-46}, ["logits_soft_cap", "1e-46", "1e-30"]),
     "empty checkpoint name": ({"checkpoint_name": ""}, ["checkpoint_name", "''", "None"]),
     "soft cap of NaN": ({"logits_soft_cap": float("nan")}, ["logits_soft_cap", "nan"]),
