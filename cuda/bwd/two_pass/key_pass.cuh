@@ -150,6 +150,7 @@ class ValueWarpgroup : KeyPassWarpgroup<Config> {
     Stats lse = this->load_stats(rings_.lse_log2, at_.stage);
     ptx::wgmma_wait<0>();
     ptx::fence_registers(scores);
+    __syncwarp();  // every lane has read its lse
     rings_.q_ring.release(at_);
 
 #pragma unroll 1
@@ -171,6 +172,7 @@ class ValueWarpgroup : KeyPassWarpgroup<Config> {
       rings_.dout_ring.release(at_);
       ptx::wgmma_wait<0>();
       ptx::fence_registers(scores);
+      __syncwarp();
       rings_.q_ring.release(next);
       at_ = next;
     }
@@ -244,6 +246,7 @@ class KeyGradientWarpgroup : KeyPassWarpgroup<Config> {
     Stats delta = this->load_stats(rings_.delta, at_.stage);
     ptx::wgmma_wait<0>();
     ptx::fence_registers(dprobs);
+    __syncwarp();  // every lane has read its delta
     rings_.dout_ring.release(at_);
 
 #pragma unroll 1
@@ -265,6 +268,7 @@ class KeyGradientWarpgroup : KeyPassWarpgroup<Config> {
       rings_.q_ring.release(at_);
       ptx::wgmma_wait<0>();
       ptx::fence_registers(dprobs);
+      __syncwarp();
       rings_.dout_ring.release(next);
       at_ = next;
     }
