@@ -16,16 +16,14 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fa3 import _support
-from jax_fa3._spec import AttentionSpec, Operands, softmax_dtype
+from jax_fa3 import _sharding, _support
+from jax_fa3._spec import DESCALE_BLOCKS, FLOAT8, AttentionSpec, Operands, softmax_dtype
 from jax_fa3.config import config
 
-FLOAT8 = np.dtype(jnp.float8_e4m3fn)
 DTYPES = tuple(
     np.dtype(t) for t in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.float8_e4m3fn)
 )
 OUT_NAME, LSE_NAME = "jax_fa3_out", "jax_fa3_lse"
-DESCALE_BLOCKS = (64, 128)  # tokens
 
 # A window this wide is unbounded when the offset is traced: positions are int32.
 _WIDEST = 2**30
@@ -205,6 +203,10 @@ def as_array(name: str, x: Any, problems: Problems) -> Any:
         except (TypeError, ValueError, OverflowError):
             problems.add(name, _describe(x), "an array", is_type=True)
             return None
+    return _of_known_sizes(name, x, problems)
+
+
+def _of_known_sizes(name: str, x: Any, problems: Problems) -> Any:
     if not all(isinstance(size, int) for size in x.shape):
         problems.add(
             name,
@@ -214,6 +216,12 @@ def as_array(name: str, x: Any, problems: Problems) -> Any:
         )
         return None
     return x
+
+
+def _unwrapped(x: Any) -> Any:
+    """The array of what is one by JAX's protocol alone, such as a variable of flax.nnx."""
+    convert = None if isinstance(x, jax.Array) else getattr(x, "__jax_array__", None)
+    return x if convert is None else convert()
 
 
 def _describe(x: Any) -> str:
@@ -389,6 +397,7 @@ def _scale(x: Any, q, problems: Problems) -> tuple[float, jax.Array | None]:
     if x is None:
         h = q.shape[-1] if q.ndim else 0
         return (1.0 / math.sqrt(h) if h else 1.0), None
+    x = _unwrapped(x)
     if isinstance(x, jax.Array):
         if not _is_real(x.dtype):
             problems.add("scale", f"dtype {x.dtype.name}", "a real number", is_type=True)
@@ -424,7 +433,8 @@ def _scaled(q, factor, q_lengths):
     if q_lengths is not None:
         # Padding may hold NaN, which must not reach the gradient of the factor.
         row = jax.lax.broadcasted_iota(jnp.int32, q.shape, q.ndim - 3)
-        q = jnp.where(row < q_lengths[..., None, None, None], q, jnp.zeros((), q.dtype))
+        lengths = _sharding.placed_as(q, q_lengths)[..., None, None, None]
+        q = jnp.where(row < lengths, q, jnp.zeros((), q.dtype))
     wide = softmax_dtype(q.dtype)
     return (q.astype(wide) * factor.astype(wide)).astype(q.dtype)
 
@@ -475,6 +485,7 @@ def _dense(name: str, x: Any, full: tuple[int, ...], problems: Problems) -> Any:
 
 def as_integers(name: str, x: Any, problems: Problems) -> Any:
     """`x` as an integer NumPy array or JAX array, with its bits whole; None when it is not one."""
+    x = _unwrapped(x)
     if not isinstance(x, jax.Array):
         try:
             x = np.asarray(x)
@@ -487,7 +498,7 @@ def as_integers(name: str, x: Any, problems: Problems) -> Any:
     if not jnp.issubdtype(x.dtype, jnp.integer):
         problems.add(name, f"dtype {x.dtype}", "an integer dtype", is_type=True)
         return None
-    return x
+    return _of_known_sizes(name, x, problems)
 
 
 def _over_batch(name: str, x: Any, batch: tuple[int, ...], problems: Problems) -> Any:

@@ -23,7 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_fa3._spec import AttentionSpec, Operands, promoting_ranks
+from jax_fa3 import _support
+from jax_fa3._spec import (
+    DESCALE_BLOCKS,
+    FLOAT8,
+    AttentionSpec,
+    Operands,
+    first_position,
+    promoting_ranks,
+    softmax_dtype,
+)
 
 # A tile of scores, over all heads and batch rows, has about this many elements: on a CPU it should
 # stay in the caches (2 MiB of float32; measured on 2 Zen 3 cores, 10 % slower at four times that),
@@ -35,7 +44,6 @@ _LARGEST_BLOCK_Q = {"cpu": 512, "other": 1024}
 # The probabilities of a float8 call are quantised as P * 2^8: e4m3 ends at 448, so that uses its
 # range and keeps small probabilities out of its subnormals.
 _FLOAT8_HEADROOM = 256.0
-_FLOAT8_BLOCKS = (64, 128)  # tokens that may share one descale
 
 
 def attention(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
@@ -53,8 +61,8 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
 
 
 def _attention_fwd(spec, operands):
-    if _is_float8(operands.query.dtype):
-        _refuse_float8_gradient()
+    if operands.query.dtype == FLOAT8:
+        _support.refuse_float8_gradient()
     # Through `attention`, not `forward`: a second derivative then meets this rule again.
     out, lse = attention(spec, operands)
     return (out, lse), (operands, out, lse)
@@ -128,8 +136,8 @@ def backward(
       operand's shape and dtype; None in every other field and where the operand is absent.
     Raises: UnsupportedError for float8 inputs.
     """
-    if _is_float8(operands.query.dtype):
-        _refuse_float8_gradient()
+    if operands.query.dtype == FLOAT8:
+        _support.refuse_float8_gradient()
     tiles = _Tiles(spec, operands)
     dtype = tiles.compute_dtype
     q, k, v = tiles.clean_inputs()
@@ -232,8 +240,7 @@ class _Tiles:
         *self.batch, self.seqlen_q, self.heads_q, _ = query.shape
         self.seqlen_k, self.heads_k = key.shape[-3:-1]
         self.group = self.heads_q // self.heads_k if self.heads_k else 0
-        # Not jnp.promote_types, which strict dtype promotion would stop.
-        self.compute_dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+        self.compute_dtype = softmax_dtype(query.dtype)
         heads = math.prod(self.batch) * self.heads_q
         block_q, block_k = _block_sizes(heads, self.seqlen_q)
         self.num_q, self.block_q = _cut(self.seqlen_q, block_q)
@@ -260,7 +267,7 @@ class _Tiles:
         """
         o = self.operands
         q, k, v = o.query, o.key, o.value
-        if _is_float8(q.dtype):
+        if q.dtype == FLOAT8:
             q, k, v = (
                 _dequantise(x, descale)
                 for x, descale in ((q, o.query_descale), (k, o.key_descale), (v, o.value_descale))
@@ -381,7 +388,7 @@ class _Tiles:
         return x, self._keep(edge, i, j), slope
 
     def probs_times_values(self, probs, v):
-        if _is_float8(self.operands.query.dtype):
+        if self.operands.query.dtype == FLOAT8:
             quantised = (probs * _FLOAT8_HEADROOM).astype(self.operands.query.dtype)
             probs = quantised.astype(v.dtype) / _FLOAT8_HEADROOM
         return self.matmul(probs.astype(v.dtype), v, "...kgqs,...ksd->...kgqd")
@@ -463,25 +470,10 @@ def _band(spec: AttentionSpec, operands: Operands) -> _Band:
         # Positions carry the offset already.
         offset = 0
     else:
-        offset = _offset(spec, operands)
+        offset = first_position(spec, operands, operands.query.shape[-3])
     low = None if left is None else _shift(offset, -left, operands)
     high = None if right is None else _shift(offset, right, operands)
     return _Band(low, high)
-
-
-def _offset(spec: AttentionSpec, operands: Operands) -> int | Array:
-    """The key position at which query 0 stands: an int, or int32 [*batch]."""
-    if operands.query_offset is not None:
-        return operands.query_offset
-    if spec.causal_alignment == "top_left":
-        return 0
-    lengths_q, lengths_k = operands.query_seq_lengths, operands.key_value_seq_lengths
-    seqlen_q, seqlen_k = operands.query.shape[-3], operands.key.shape[-3]
-    if lengths_q is None and lengths_k is None:
-        return seqlen_k - seqlen_q
-    return (seqlen_k if lengths_k is None else lengths_k) - (
-        seqlen_q if lengths_q is None else lengths_q
-    )
 
 
 def _shift(offset: int | Array, distance: int, operands: Operands) -> int | Array | None:
@@ -505,8 +497,9 @@ def _positions(spec: AttentionSpec, operands: Operands) -> tuple[Array, Array]:
     """Positions of queries and keys, where at least one of them was given."""
     positions_q, positions_k = operands.query_positions, operands.key_positions
     if positions_q is None:
-        offset = jnp.asarray(_offset(spec, operands), jnp.int32)[..., None]
-        positions_q = _arange(operands.query.shape[-3]) + offset
+        length = operands.query.shape[-3]
+        offset = jnp.asarray(first_position(spec, operands, length), jnp.int32)[..., None]
+        positions_q = _arange(length) + offset
         positions_q = jnp.broadcast_to(positions_q, operands.query.shape[:-2])
     if positions_k is None:
         positions_k = _arange(operands.key.shape[-3])
@@ -603,25 +596,13 @@ def _add(x: Array, i: Array, tile: Array) -> Array:
     return _put(x, i, _get(x, i) + tile)
 
 
-def _is_float8(dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
-
-
 def _dequantise(x: Array, descale: Array | None) -> Array:
     """x [*batch, L, heads, width] times descale [*batch, blocks, heads], in float32."""
     x = x.astype(jnp.float32)
     if descale is None:
         return x
     length, blocks = x.shape[-3], descale.shape[-2]
-    sizes = [b for b in _FLOAT8_BLOCKS if -(-length // b) == blocks]
+    sizes = [b for b in DESCALE_BLOCKS if -(-length // b) == blocks]
     size = sizes[0] if sizes and blocks > 1 else -(-length // max(blocks, 1))
     descale = jnp.repeat(descale.astype(jnp.float32), size, axis=-2)[..., :length, :]
     return x * descale[..., None]
-
-
-def _refuse_float8_gradient():
-    from jax_fa3 import UnsupportedError  # the package imports this module
-
-    raise UnsupportedError(
-        "float8 attention has no gradient: differentiate attention of the 16-bit arrays instead"
-    )

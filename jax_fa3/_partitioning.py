@@ -1,9 +1,10 @@
-"""How XLA splits the kernels' custom call over the devices of an Auto mesh.
+"""How XLA splits attention over the devices of an Auto mesh.
 
-XLA cannot see into a custom call and would gather its operands on every device. So where a program
-runs on several devices, and no jax.shard_map around it made the arrays local, the primitive is
-lowered as a call that XLA asks us to split when it knows where every array lies
-(jax.experimental.custom_partitioning): `_sharding.Split` says how, as on Explicit axes.
+XLA cannot see into a kernel's custom call, nor split a loop over blocks of queries, and would
+gather the operands on every device. So where a program runs on several devices, and no
+jax.shard_map around it made the arrays local, a primitive is lowered as a call that XLA asks us to
+split when it knows where every array lies (jax.experimental.custom_partitioning):
+`_sharding.Split` says how, as on Explicit axes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Call(NamedTuple):
         part of the arrays) -> its part of the results.
       operands, results: names in CORE_DIMS, the query first; a gradient has its operand's.
       key: text of what else `local` depends on.
+      summed: batch dims over which results are sums.
     """
 
     whole: Callable[..., Sequence[jax.Array]]
@@ -41,9 +43,10 @@ class Call(NamedTuple):
     operands: tuple[str, ...]
     results: tuple[str, ...]
     key: str
+    summed: frozenset[int] = frozenset()
 
 
-def has_axes(ctx: Any) -> bool:
+def _has_axes(ctx: Any) -> bool:
     """Whether the program that is being lowered has axes over which XLA splits its arrays."""
     context = ctx.module_context.axis_context
     if isinstance(context, mlir.SPMDAxisContext):
@@ -54,27 +57,15 @@ def has_axes(ctx: Any) -> bool:
     return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
 
 
-def place_of(ctx: Any) -> Any:
-    """Which axes those are, hashable: what `lower` depends on beside a call's types."""
-    context = ctx.module_context.axis_context
-    if isinstance(context, mlir.SPMDAxisContext):
-        return context.mesh, context.manual_axes
-    return context.num_devices
-
-
 def is_wanted(ctx: Any) -> bool:
-    """Whether a kernel's call is to be `lower`ed here. Says so where it should be and cannot."""
-    if not has_axes(ctx):
+    """Whether a call is to be `lower`ed here. Says so where it should be and cannot."""
+    if not _has_axes(ctx):
         return False
     if ctx.module_context.lowering_parameters.for_export:
-        from absl import logging  # slow to import, and rarely needed
-
         # The call would hold a function of this process.
-        logging.log_first_n(
-            logging.WARNING,
-            "jax_fa3: in an exported program, attention over Auto mesh axes runs whole on every "
-            "device; put it into jax.shard_map",
-            1,
+        _warn_once(
+            "in an exported program, attention over Auto mesh axes runs whole on every device; put "
+            "it into jax.shard_map"
         )
         return False
     return True
@@ -195,9 +186,28 @@ def _split(
     axes = [a or [()] * len(x.shape) for a, x in zip(told, arrays, strict=True)]
     names = (*call.operands, *call.results)[: len(arrays)]
     placed = [(name, x.shape, a) for name, x, a in zip(names, arrays, axes, strict=True)]
-    heads_k = arguments[call.operands.index("key")].shape[-2]
-    split = split_of(placed, mesh.shape, heads_k=heads_k, can_communicate=can_communicate)
+    find = functools.partial(
+        split_of,
+        placed,
+        mesh.shape,
+        heads_k=arguments[call.operands.index("key")].shape[-2],
+        summed=call.summed,
+    )
+    split = find(can_communicate=can_communicate)
+    if not can_communicate and split != find():
+        _warn_once(
+            "inside a jax.shard_map over other axes, attention is not split over Auto mesh axes "
+            "where its devices would have to tell one another apart, and runs whole on each; make "
+            "these axes manual too"
+        )
     return mesh, split
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    from absl import logging  # slow to import, and rarely needed
+
+    logging.warning("jax_fa3: %s", text)
 
 
 def _factorizations(count: int) -> Iterator[tuple[int, ...]]:

@@ -1,11 +1,13 @@
-"""The primitives jax_fa3_fwd and jax_fa3_bwd, and jax_fa3_bwd_sum, a loop around the latter.
+"""The primitives: attention's forward and backward, and a loop around the latter.
 
 They are polymorphic in leading batch dims: every operand has the same number of them, each full or
 1, and 1 is broadcast. So vmap only moves the mapped axis to the front, and an axis that maps the
-query alone copies no key or value.
+query alone copies no key or value. On Auto meshes XLA asks how it may split them.
 
-The default lowering is the xla path. The CUDA lowering is the kernels, or the xla path where they
-cannot run; the backward starts from the saved out and lse in both.
+* jax_fa3_fwd, jax_fa3_bwd: the CUDA lowering is the kernels, or the xla path where they cannot run;
+  the default lowering is the xla path. The backward starts from the saved out and lse in both.
+* jax_fa3_xla_fwd, jax_fa3_xla_bwd: the xla path everywhere.
+* jax_fa3_bwd_sum: a loop around either backward.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ from jax_fa3._spec import (
 
 fwd_p = jax.extend.core.Primitive("jax_fa3_fwd")
 bwd_p = jax.extend.core.Primitive("jax_fa3_bwd")
+xla_fwd_p = jax.extend.core.Primitive("jax_fa3_xla_fwd")
+xla_bwd_p = jax.extend.core.Primitive("jax_fa3_xla_bwd")
 bwd_sum_p = jax.extend.core.Primitive("jax_fa3_bwd_sum")
 
-# Of the operands: bias and mask broadcast in their own way and sinks have no batch dims; no kernel
-# takes them.
+# Of the operands: bias and mask broadcast in their own way and sinks have no batch dims. No kernel
+# takes them, and the xla path runs without a primitive where they are.
 _BINDABLE = tuple(name for name in Operands._fields if name not in ("bias", "mask", "sinks"))
 
 
@@ -49,7 +53,7 @@ _BINDABLE = tuple(name for name in Operands._fields if name not in ("bias", "mas
 def forward(
     spec: AttentionSpec, operands: Operands, *, fallback: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention by the primitive.
+    """Attention by the kernels.
 
     Args:
       spec: static options; `_support.reasons` has nothing against them.
@@ -64,6 +68,13 @@ def forward(
     return out, lse
 
 
+def xla_forward(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """`forward` by the xla path on every platform, of any call that `is_bindable`."""
+    names, arrays = _present(operands)
+    out, lse = xla_fwd_p.bind(*arrays, names=names, spec=spec)
+    return out, lse
+
+
 def backward(
     spec: AttentionSpec,
     operands: Operands,
@@ -71,21 +82,25 @@ def backward(
     lse: jax.Array,
     dout: jax.Array,
     dlse: jax.Array,
+    rows: int = 0,
     *,
     kernels: bool = True,
 ) -> Operands:
     """The cotangents of `forward`'s differentiable operands, each in its operand's shape.
 
     Args:
+      out, lse, dout, dlse: as the operands, each batch dim full or 1.
+      rows: how many leading batch dims the cotangents have in full, also where the operand is 1.
       kernels: False: by the xla path everywhere.
     """
     names, arrays = _present(operands)
     arrays += [out, lse, dout, dlse]
-    batch = out.shape[: -CORE_RANK["query"]]
-    if kernels and not is_broadcast(operands, batch):
-        grads = bwd_p.bind(*arrays, names=names, spec=spec)
+    batch = _batch_of([x.shape for x in arrays], _core_ranks(names) + _BWD_CORE_RANKS)
+    params: dict[str, Any] = {"names": names, "spec": spec}
+    if is_broadcast(operands, batch):
+        grads = bwd_sum_p.bind(*arrays, **params, summed=len(batch) - rows, kernels=kernels)
     else:
-        grads = bwd_sum_p.bind(*arrays, names=names, spec=spec, summed=len(batch), kernels=kernels)
+        grads = (bwd_p if kernels else xla_bwd_p).bind(*arrays, **params)
     return _as_operands(_differentiable(names), grads)
 
 
@@ -100,13 +115,6 @@ def is_broadcast(operands: Operands, batch: tuple[int, ...]) -> bool:
         name in _BINDABLE and x.shape[: x.ndim - CORE_RANK[name]] != batch
         for name, x in operands.present().items()
     )
-
-
-def xla_forward(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """`forward` by the xla path on every platform, without the primitive."""
-    names, arrays = _present(operands)
-    out, lse = _xla_forward(*arrays, names=names, spec=spec, fallback=True)
-    return out, lse
 
 
 def xla_attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
@@ -209,7 +217,7 @@ def _out_avals(shapes_and_dtypes, avals, ranks, batch) -> list[Any]:
     return outs
 
 
-def _fwd_abstract(*avals, names, spec, fallback):
+def _fwd_abstract(*avals, names, spec, fallback=None):
     del fallback
     ranks = _core_ranks(names)
     _check_varying(avals)
@@ -228,8 +236,8 @@ def _fwd_abstract(*avals, names, spec, fallback):
     )
 
 
-def _bwd_abstract(*avals, names, spec, place=None):
-    del spec, place
+def _bwd_abstract(*avals, names, spec, is_row=None):
+    del spec, is_row
     ranks = _core_ranks(names) + _BWD_CORE_RANKS
     _check_varying(avals)
     batch = _batch_of([a.shape for a in avals], ranks)
@@ -275,8 +283,7 @@ def _over_broadcast(
     return fun(*arrays)
 
 
-def _xla_forward(*arrays, names, spec, fallback):
-    del fallback
+def _xla_forward(*arrays, names, spec):
     ranks = _core_ranks(names)
     q, v = arrays[0], arrays[2]
     batch = _batch_of([x.shape for x in arrays], ranks)
@@ -293,8 +300,7 @@ def _xla_forward(*arrays, names, spec, fallback):
     return _over_broadcast(attend, ranks, arrays)
 
 
-def _xla_backward(*arrays, names, spec, place=None):
-    del place
+def _xla_backward(*arrays, names, spec):
     ranks = _core_ranks(names) + _BWD_CORE_RANKS
     batch = _batch_of([x.shape for x in arrays], ranks)
     wanted = _differentiable(names)
@@ -329,8 +335,20 @@ def _lower_xla(fun: Callable[..., Any]) -> Callable[..., Any]:
     return lower
 
 
-_lower_xla_forward = _lower_xla(_xla_forward)
-_lower_xla_backward = _lower_xla(_xla_backward)
+_lower_xla_forward_here = _lower_xla(_xla_forward)
+_lower_xla_backward_here = _lower_xla(_xla_backward)
+
+
+def _lower_xla_forward(ctx, *operands, **params):
+    if ctx.avals_out[0].size and _partitioning.is_wanted(ctx):
+        return _partitioning.lower(ctx, operands, _forward_call(xla_fwd_p, **params))
+    return _lower_xla_forward_here(ctx, *operands, **params)
+
+
+def _lower_xla_backward(ctx, *operands, **params):
+    if ctx.avals_out[0].size and _partitioning.is_wanted(ctx):
+        return _partitioning.lower(ctx, operands, _backward_call(xla_bwd_p, ctx.avals_in, **params))
+    return _lower_xla_backward_here(ctx, *operands, **params)
 
 
 def _lower_forward(ctx, *operands, names, spec, fallback):
@@ -339,7 +357,12 @@ def _lower_forward(ctx, *operands, names, spec, fallback):
         raise _support.UnsupportedError(
             _support.refusal([f"platform {', '.join(platforms)}: the kernels run on CUDA devices"])
         )
-    return _lower_xla_forward(ctx, *operands, names=names, spec=spec, fallback=fallback)
+    return _lower_xla_forward(ctx, *operands, names=names, spec=spec)
+
+
+def _lower_backward(ctx, *operands, names, spec, is_row=False):
+    lower = _lower_xla_backward_here if is_row else _lower_xla_backward
+    return lower(ctx, *operands, names=names, spec=spec)
 
 
 # --- CUDA lowering ---
@@ -415,12 +438,11 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
     if why_not or not out.size:  # an empty result needs no kernel
         if why_not:
             _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
-        return _lower_xla_forward(ctx, *operands, names=names, spec=spec, fallback=fallback)
+        return _lower_xla_forward(ctx, *operands, names=names, spec=spec)
 
     if _partitioning.is_wanted(ctx):
-        return _partitioning.lower(
-            ctx, operands, _forward_call(names=names, spec=spec, fallback=fallback)
-        )
+        call = _forward_call(fwd_p, names=names, spec=spec, fallback=fallback)
+        return _partitioning.lower(ctx, operands, call)
 
     batch = out.shape[:-3]
     arguments, avals_in = list(operands), list(ctx.avals_in)
@@ -442,18 +464,18 @@ def _lower_forward_cuda(ctx, *operands, names, spec, fallback):
     )
 
 
-def _lower_backward_cuda(ctx, *operands, names, spec, place=None):
-    del place
+def _lower_backward_cuda(ctx, *operands, names, spec, is_row=False):
     dq, dk = ctx.avals_out[:2]
     why_not = _native.why_not()
     heads_q = dq.shape[-2]
     if why_not or not heads_q or not (dq.size or dk.size):
         if why_not:
             _support.log_once(why_not, on_gpu=bool(_native.visible_gpus()))
-        return _lower_xla_backward(ctx, *operands, names=names, spec=spec)
+        return _lower_backward(ctx, *operands, names=names, spec=spec, is_row=is_row)
 
-    if _partitioning.is_wanted(ctx):
-        return _partitioning.lower(ctx, operands, _backward_call(names=names, spec=spec))
+    if not is_row and _partitioning.is_wanted(ctx):
+        call = _backward_call(bwd_p, ctx.avals_in, names=names, spec=spec)
+        return _partitioning.lower(ctx, operands, call)
 
     batch = dq.shape[:-3]
     t, n, h = dq.shape[-3:]
@@ -492,21 +514,21 @@ def _lower_backward_cuda(ctx, *operands, names, spec, place=None):
 # --- how XLA may split a call over an Auto mesh ---
 
 
-def _forward_call(*, names, **params) -> _partitioning.Call:
+def _forward_call(primitive, *, names, **params) -> _partitioning.Call:
     def local(split, sizes, partitions, *arrays):
         del partitions
         spec, operands = _sharding.localize(
             params["spec"], _as_operands(names, arrays), split, sizes
         )
         here, arrays = _present(operands)
-        return fwd_p.bind(*arrays, **{**params, "names": here, "spec": spec})
+        return primitive.bind(*arrays, **{**params, "names": here, "spec": spec})
 
-    whole = functools.partial(fwd_p.bind, names=names, **params)
-    key = f"{_native.FWD_TARGET} {params}"
+    whole = functools.partial(primitive.bind, names=names, **params)
+    key = f"{primitive} {_native.FWD_TARGET} {params}"
     return _partitioning.Call(whole, local, names, ("out", "lse"), key)
 
 
-def _backward_call(*, names, **params) -> _partitioning.Call:
+def _backward_call(primitive, avals, *, names, **params) -> _partitioning.Call:
     wanted = _differentiable(names)
 
     def local(split, sizes, partitions, *arrays):
@@ -514,14 +536,16 @@ def _backward_call(*, names, **params) -> _partitioning.Call:
         spec, here = _sharding.localize(params["spec"], operands, split, sizes)
         local_names, local_arrays = _present(here)
         params_here = {**params, "names": local_names, "spec": spec}
-        grads = bwd_p.bind(*local_arrays, *rest, **params_here)
+        grads = primitive.bind(*local_arrays, *rest, **params_here)
         grads = dict(zip(wanted, grads, strict=True))
         grads = _sharding.sum_gradients(grads, operands, split, sizes, partitions)
         return list(grads.values())
 
-    whole = functools.partial(bwd_p.bind, names=names, **params)
-    operands, key = (*names, "out", "lse", "dout", "dlse"), f"{_native.BWD_TARGET} {params}"
-    return _partitioning.Call(whole, local, operands, wanted, key)
+    whole = functools.partial(primitive.bind, names=names, **params)
+    operands = (*names, "out", "lse", "dout", "dlse")
+    key = f"{primitive} {_native.BWD_TARGET} {params}"
+    summed = _summed_dims([aval.shape for aval in avals], names, params.get("summed", 0))
+    return _partitioning.Call(whole, local, operands, wanted, key, frozenset().union(*summed))
 
 
 # --- batching ---
@@ -569,19 +593,6 @@ def _summed_dims(shapes, names, summed) -> list[list[int]]:
     return [[d for d in dims if shape[d] != batch[d]] for shape in _wanted(names, shapes)]
 
 
-def _sum_rows(*arrays, names, spec, summed, kernels, place=None):
-    """Makes the rows and adds them. XLA may split them over devices, as it cannot split a loop."""
-    # JAX keeps a lowering for each set of parameters and types, and here the types name no mesh: a
-    # parameter must tell this call from one that is split otherwise, or not at all.
-    make_rows = functools.partial(bwd_p.bind, place=place) if kernels else _xla_backward
-    grads = make_rows(*arrays, names=names, spec=spec)
-    sums = _summed_dims([x.shape for x in arrays], names, summed)
-    return [
-        jnp.sum(grad, dims, keepdims=True, dtype=softmax_dtype(grad.dtype)).astype(grad.dtype)
-        for grad, dims in zip(grads, sums, strict=True)
-    ]
-
-
 # What the gradients of rows that are made at once, and summed, may take.
 _ROWS_BYTES = 2**24
 
@@ -592,9 +603,14 @@ def _sum_row_by_row(*arrays, names, spec, summed, kernels):
     wanted = _wanted(names, arrays)
     sums = _summed_dims([x.shape for x in arrays], names, summed)
     dims = sorted(set().union(*sums))
-    if 0 in batch or not dims:
-        return _sum_rows(*arrays, names=names, spec=spec, summed=summed, kernels=kernels)
-    make_rows = bwd_p.bind if kernels else _xla_backward
+    make_rows = functools.partial(bwd_p.bind, is_row=True) if kernels else _xla_backward
+    if 0 in batch:
+        return [
+            jnp.zeros([1 if d in own else n for d, n in enumerate(x.shape)], x.dtype)
+            for x, own in zip(make_rows(*arrays, names=names, spec=spec), sums, strict=True)
+        ]
+    if not dims:
+        return make_rows(*arrays, names=names, spec=spec)
     wide = [softmax_dtype(x.dtype) if own else x.dtype for x, own in zip(wanted, sums, strict=True)]
 
     one_row = math.prod(size for dim, size in enumerate(batch) if dim not in dims)
@@ -641,44 +657,43 @@ def _sum_row_by_row(*arrays, names, spec, summed, kernels):
     return [grad.astype(x.dtype) for grad, x in zip(grads, wanted, strict=True)]
 
 
-_lower_sum_rows = _lower_xla(_sum_rows)
 _lower_sum_row_by_row = _lower_xla(_sum_row_by_row)
 
 
 def _lower_bwd_sum(ctx, *operands, **params):
-    if _partitioning.has_axes(ctx):
-        return _lower_sum_rows(ctx, *operands, **params, place=_partitioning.place_of(ctx))
+    if all(aval.size for aval in ctx.avals_in) and _partitioning.is_wanted(ctx):
+        return _partitioning.lower(ctx, operands, _backward_call(bwd_sum_p, ctx.avals_in, **params))
     return _lower_sum_row_by_row(ctx, *operands, **params)
 
 
 # --- registration ---
 
 
-def _no_derivative(what: str) -> Callable[..., Any]:
-    def jvp(primals, tangents, **params):
-        del primals, tangents, params
-        raise _support.UnsupportedError(
-            f'jax_fa3: {what} is not defined for the kernels; implementation="xla" has reverse '
-            "over reverse, and jax_fa3.reference.dot_product_attention any derivative"
-        )
-
-    return jvp
+def _no_derivative(primals, tangents, **params):
+    del primals, tangents, params
+    raise _support.UnsupportedError(
+        'jax_fa3: a second derivative is not defined for the kernels; implementation="xla" has '
+        "reverse over reverse, and jax_fa3.reference.dot_product_attention any derivative"
+    )
 
 
 for _p, _abstract in (
     (fwd_p, _fwd_abstract),
     (bwd_p, _bwd_abstract),
+    (xla_fwd_p, _fwd_abstract),
+    (xla_bwd_p, _bwd_abstract),
     (bwd_sum_p, _bwd_sum_abstract),
 ):
     _p.multiple_results = True
     _p.def_impl(functools.partial(xla.apply_primitive, _p))
     _p.def_abstract_eval(_abstract)
     batching.primitive_batchers[_p] = functools.partial(batching_rule, _p)
-ad.primitive_jvps[fwd_p] = _no_derivative("forward-mode differentiation")
-ad.primitive_jvps[bwd_p] = _no_derivative("a second derivative")
-ad.primitive_jvps[bwd_sum_p] = _no_derivative("a second derivative")
+ad.primitive_jvps[bwd_p] = _no_derivative
+ad.primitive_jvps[bwd_sum_p] = _no_derivative
 mlir.register_lowering(fwd_p, _lower_forward)
 mlir.register_lowering(fwd_p, _lower_forward_cuda, platform="cuda")
-mlir.register_lowering(bwd_p, _lower_xla_backward)
+mlir.register_lowering(bwd_p, _lower_backward)
 mlir.register_lowering(bwd_p, _lower_backward_cuda, platform="cuda")
+mlir.register_lowering(xla_fwd_p, _lower_xla_forward)
+mlir.register_lowering(xla_bwd_p, _lower_xla_backward)
 mlir.register_lowering(bwd_sum_p, _lower_bwd_sum)

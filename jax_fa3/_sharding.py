@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ from jax_fa3._spec import (
     DIFFERENTIABLE,
     AttentionSpec,
     Operands,
+    first_position,
+    full_batch,
     softmax_dtype,
 )
 
@@ -77,6 +79,7 @@ def split_of(
     *,
     heads_k: int,
     can_communicate: bool = True,
+    summed: Collection[int] = (),
 ) -> Split:
     """The split that moves least, given how the arrays of a call lie.
 
@@ -86,6 +89,7 @@ def split_of(
       sizes: of the mesh axes.
       heads_k: how many key/value heads there are.
       can_communicate: a device may ask where it is, and sum with others.
+      summed: batch dims over which results are sums.
     """
     placed = list(placed)
     batch_rank = len(placed[0][1]) - CORE_RANK["query"]
@@ -99,7 +103,7 @@ def split_of(
     def fits(dim: Any, axes: Axes) -> bool:
         shards = _count(axes, sizes)
         if isinstance(dim, int):
-            return full[dim] % shards == 0
+            return full[dim] % shards == 0 and (can_communicate or dim not in summed)
         if dim == "t":
             return t_may_split and t % shards == 0
         if heads_n % shards or not heads_n:
@@ -212,16 +216,10 @@ def _key_head(heads_k: int, split: Split, sizes: Mapping[Any, int]) -> jax.Array
 
 def _offset(spec: AttentionSpec, operands: Operands, t: int) -> jax.Array:
     """At which key position the first of all t queries stands, int32 [*batch]."""
-    offset = operands.query_offset
-    if offset is not None:
+    offset = first_position(spec, operands, t)
+    if operands.query_offset is not None:
         # So that a start can be added; nothing changes so far from the keys.
         return jnp.clip(offset, -(2**30), 2**30)
-    last, valid = operands.key.shape[-3], t
-    if operands.key_value_seq_lengths is not None:
-        last = operands.key_value_seq_lengths
-    if operands.query_seq_lengths is not None:
-        valid = operands.query_seq_lengths
-    offset = last - valid if spec.causal_alignment == "bottom_right" else 0
     batch = operands.query.shape[: -CORE_RANK["query"]]
     batch = jnp.broadcast_shapes(batch, jnp.shape(offset) or batch)
     return jnp.broadcast_to(jnp.asarray(offset, jnp.int32), batch)
@@ -232,16 +230,14 @@ def _offset(spec: AttentionSpec, operands: Operands, t: int) -> jax.Array:
 
 def vary_alike(operands: Operands) -> Operands:
     """Casts every operand to vary over all manual axes over which some operand varies."""
-    varying = [
-        frozenset() if x is None else jax.typeof(x).manual_axis_type.varying for x in operands
-    ]
-    every = frozenset().union(*varying)
-    return Operands(
-        *(
-            _vary(tuple(sorted(every - have, key=str)), x) if x is not None and every - have else x
-            for x, have in zip(operands, varying, strict=True)
-        )
-    )
+    return Operands.of(_all_vary_alike(operands.present()))
+
+
+def _all_vary_alike(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    varying = {name: jax.typeof(x).manual_axis_type.varying for name, x in arrays.items()}
+    every = frozenset().union(*varying.values())
+    missing = {name: tuple(sorted(every - have, key=str)) for name, have in varying.items()}
+    return {name: _vary(missing[name], x) if missing[name] else x for name, x in arrays.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -275,7 +271,7 @@ def _sum(x: jax.Array, axes: Axes) -> jax.Array:
 
 # A function of a call's options and operands that gives out [*batch, T, N, D], lse [*batch, N, T].
 Forward = Callable[[AttentionSpec, Operands], tuple[jax.Array, jax.Array]]
-# The same, and of out, lse, dout and dlse, that gives the operands' cotangents.
+# The same, and of out, lse, dout, dlse and the number of rows, that gives the operands' cotangents.
 Backward = Callable[..., Operands]
 
 
@@ -293,52 +289,14 @@ def forward(
     Raises:
       ValueError: the arrays live on different meshes.
     """
-    placement = _explicit(operands)
-    if placement is None:
-        return fun(spec, operands)
-    if not takes_broadcast:
-        return _forward_over(*placement, fun, spec, operands)
-    arrays, tree = jax.tree.flatten(operands)
 
-    @jax.custom_batching.custom_vmap
-    def call(*arrays):
-        return _forward_over(*placement, fun, spec, jax.tree.unflatten(tree, arrays))
+    def over(arrays: dict[str, jax.Array], rows: int) -> dict[str, jax.Array]:
+        del rows
+        return _forward_over(fun, spec, arrays)
 
-    @call.def_vmap
-    def call_rows(_, mapped, *arrays):
-        rows = [
-            x if has_rows else jnp.expand_dims(x, 0)
-            for x, has_rows in zip(arrays, mapped, strict=True)
-        ]
-        results = forward(fun, spec, jax.tree.unflatten(tree, rows), takes_broadcast=True)
-        return results, (True, True)
-
-    return call(*arrays)
-
-
-def _forward_over(
-    mesh: Any, split: Split, fun: Forward, spec: AttentionSpec, operands: Operands
-) -> tuple[jax.Array, jax.Array]:
-    batch, (t, n, h) = operands.batch(), operands.query.shape[-3:]
-    shapes = {"out": (*batch, t, n, h), "lse": (*batch, n, t)}
-
-    def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        out, lse = fun(*localize(spec, Operands.of(arrays), split, mesh.shape))
-        return {"out": out, "lse": lse}
-
-    results = _over(mesh, split, local, operands.present(), shapes)
-    *queries, t, n, _ = _dim_axes(jax.typeof(operands.query))
-    as_query = tuple(
-        axes if size == whole else chosen  # the query may be broadcast
-        for axes, size, whole, chosen in zip(
-            queries, operands.query.shape, batch, split.batch, strict=False
-        )
-    )
-    wanted = Split(as_query, t, n, ())
-    if wanted[:3] != split[:3]:
-        results = {
-            name: _reshard(x, mesh, wanted.partition(name, x.shape)) for name, x in results.items()
-        }
+    arrays = operands.present()
+    is_placed = _explicit(arrays) is not None
+    results = _with_rows(over)(arrays) if is_placed and takes_broadcast else over(arrays, 0)
     return results["out"], results["lse"]
 
 
@@ -350,30 +308,170 @@ def backward(
     lse: jax.Array,
     dout: jax.Array,
     dlse: jax.Array,
+    *,
+    takes_broadcast: bool,
 ) -> Operands:
-    """fun(spec, operands, out, lse, dout, dlse), as `forward`; a cotangent lies as its operand."""
-    placement = _explicit(operands)
+    """fun(spec, operands, out, lse, dout, dlse, rows), as `forward`.
+
+    Each cotangent lies as its operand. Those of an operand that is 1 in a batch dim are sums over
+    it, but for the first `rows` batch dims: vmap(grad(f)) wants a gradient for each.
+    """
+
+    def over(arrays: dict[str, jax.Array], rows: int) -> dict[str, jax.Array]:
+        return _backward_over(fun, spec, arrays, rows)
+
+    def plain(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return over(arrays, 0)
+
+    arrays = {**operands.present(), "out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    if _explicit(arrays) is None or not takes_broadcast:
+        return Operands.of(plain(arrays))
+    mapped = _with_rows(over)
+    # A second derivative does not pass through a jax.custom_batching.custom_vmap.
+    twice = jax.custom_vjp(mapped)
+    twice.defvjp(
+        lambda arrays: (mapped(arrays), arrays),
+        lambda arrays, cotangents: jax.vjp(plain, arrays)[1](cotangents),
+    )
+    return Operands.of(twice(arrays))
+
+
+def _with_rows(
+    over: Callable[[dict[str, jax.Array], int], dict[str, jax.Array]], rows: int = 0
+) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """over(., rows), which each jax.vmap makes over(., rows + 1) of arrays with a dim in front.
+
+    That dim is 1 for what is not mapped.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return over(arrays, rows)
+
+    @call.def_vmap
+    def call_rows(_, mapped, arrays):
+        (is_mapped,) = mapped
+        arrays = {
+            name: x if is_mapped[name] else jnp.expand_dims(x, 0) for name, x in arrays.items()
+        }
+        results = _with_rows(over, rows + 1)(arrays)
+        return results, dict.fromkeys(results, True)
+
+    return call
+
+
+def _forward_over(
+    fun: Forward, spec: AttentionSpec, arrays: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    placement = _explicit(arrays)
     if placement is None:
-        return fun(spec, operands, out, lse, dout, dlse)
+        out, lse = fun(spec, Operands.of(arrays))
+        return {"out": out, "lse": lse}
     mesh, split = placement
-    rest = {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-    arrays = operands.present()
-    shapes = {name: x.shape for name, x in arrays.items() if name in DIFFERENTIABLE}
+    query = arrays["query"]
+    batch, (t, n, h) = _batch_of(arrays), query.shape[-3:]
+    shapes = {"out": (*batch, t, n, h), "lse": (*batch, n, t)}
+
+    def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        out, lse = fun(*localize(spec, Operands.of(arrays), split, mesh.shape))
+        return {"out": out, "lse": lse}
+
+    results = _over(mesh, split, local, arrays, shapes)
+    *queries, t, n, _ = _dim_axes(jax.typeof(query))
+    is_broadcast = [size != whole for size, whole in zip(query.shape, batch, strict=False)]
+    used = {*t, *n}.union(*queries)
+    as_query = tuple(
+        _axes_of_rows(i, arrays, split, mesh.shape, used) if is_broadcast[i] else axes
+        for i, axes in enumerate(queries)
+    )
+    wanted = Split(as_query, t, n, ())
+    if wanted[:3] != split[:3]:
+        results = {
+            name: _reshard(x, mesh, wanted.partition(name, x.shape)) for name, x in results.items()
+        }
+    return results
+
+
+def _backward_over(
+    fun: Backward, spec: AttentionSpec, arrays: dict[str, jax.Array], rows: int
+) -> dict[str, jax.Array]:
+    rest = ("out", "lse", "dout", "dlse")
+    wanted = [name for name in DIFFERENTIABLE if name in arrays]
+    placement = _explicit(arrays)
+    if placement is None:
+        grads = fun(spec, Operands.of(arrays), *(arrays[name] for name in rest), rows)
+        return {name: getattr(grads, name) for name in wanted}
+    mesh, split = placement
+    full = _batch_of(arrays)[:rows]
+    shapes = {
+        name: arrays[name].shape if name == "sinks" else (*full, *arrays[name].shape[rows:])
+        for name in wanted
+    }
     partitions = {name: split.partition(name, shape) for name, shape in shapes.items()}
 
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         here = Operands.of(arrays)
-        grads = fun(*localize(spec, here, split, mesh.shape), *(arrays[name] for name in rest))
+        saved = (arrays[name] for name in rest)
+        grads = fun(*localize(spec, here, split, mesh.shape), *saved, rows)
         found = {name: getattr(grads, name) for name in shapes}
         return sum_gradients(found, here, split, mesh.shape, partitions)
 
-    grads = _over(mesh, split, local, {**arrays, **rest}, shapes)
-    return Operands.of(
-        {
-            name: _reshard(x, mesh, PartitionSpec(*jax.typeof(arrays[name]).sharding.spec))
-            for name, x in grads.items()
-        }
+    grads = _over(mesh, split, local, arrays, shapes)
+
+    def as_operand(name: str) -> PartitionSpec:
+        spec = list(_spec_of(jax.typeof(arrays[name])))
+        used = {axis for entry in spec for axis in _entry(entry)}
+        for i in range(rows):
+            if arrays[name].shape[i] != full[i]:
+                axes = _axes_of_rows(i, arrays, split, mesh.shape, used)
+                spec[i] = axes or None
+        return PartitionSpec(*spec)
+
+    return {name: _reshard(x, mesh, as_operand(name)) for name, x in grads.items()}
+
+
+def _batch_of(arrays: Mapping[str, jax.Array]) -> tuple[int, ...]:
+    """The full batch dims of a call, where each array has them or is 1."""
+    return full_batch(
+        x.shape[: x.ndim - CORE_RANK[name]] for name, x in arrays.items() if name != "sinks"
     )
+
+
+def _axes_of_rows(
+    dim: int,
+    arrays: Mapping[str, jax.Array],
+    split: Split,
+    sizes: Mapping[Any, int],
+    used: Collection[Any],
+) -> Axes:
+    """How a batch dim lies that a result has and the array that it lies as has not.
+
+    As the split has it, and on axes of size 1, which a split leaves out and a type does not.
+    """
+    full = _batch_of(arrays)[dim]
+    for name, x in arrays.items():
+        if name != "sinks" and x.shape[dim] == full and (axes := _dim_axes(jax.typeof(x))[dim]):
+            return tuple(
+                axis
+                for axis in axes
+                if axis in split.batch[dim] or (sizes[axis] == 1 and axis not in used)
+            )
+    return ()
+
+
+def placed_as(x: jax.Array, y: jax.Array) -> jax.Array:
+    """y, sharded over Explicit axes as x is in its first dims, which are y's."""
+    types = [jax.typeof(x), jax.typeof(y)]
+    if not any(map(is_sharded, types)):
+        return y
+    mesh = next(t.sharding.mesh for t in types if not t.sharding.mesh.empty)
+    return _reshard(y, mesh, PartitionSpec(*_spec_of(types[0])[: y.ndim]))
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """x, whole on every device of its Explicit axes."""
+    aval = jax.typeof(x)
+    return _reshard(x, aval.sharding.mesh, PartitionSpec()) if is_sharded(aval) else x
 
 
 def is_sharded(aval: Any) -> bool:
@@ -381,9 +479,10 @@ def is_sharded(aval: Any) -> bool:
     return any(axis is not None for axis in aval.sharding.spec)
 
 
-def _explicit(operands: Operands) -> tuple[Any, Split] | None:
+def _explicit(arrays: Mapping[str, jax.Array]) -> tuple[Any, Split] | None:
     """The mesh and the split over its Explicit axes; None where they shard nothing."""
-    types = {name: jax.typeof(x) for name, x in operands.present().items()}
+    # The query first: a pytree may have put the names in another order.
+    types = {name: jax.typeof(arrays[name]) for name in CORE_DIMS if name in arrays}
     for name, t in types.items():
         if t.sharding.spec.unreduced or t.sharding.spec.reduced:
             raise ValueError(
@@ -400,7 +499,7 @@ def _explicit(operands: Operands) -> tuple[Any, Split] | None:
         )
     mesh = meshes.pop()
     placed = [(name, t.shape, _dim_axes(t)) for name, t in types.items()]
-    return mesh, split_of(placed, mesh.shape, heads_k=operands.key.shape[-2])
+    return mesh, split_of(placed, mesh.shape, heads_k=arrays["key"].shape[-2])
 
 
 def _over(
@@ -419,8 +518,7 @@ def _over(
         return local(arrays)
 
     def varying(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        rest = {name: x for name, x in arrays.items() if name not in Operands._fields}
-        return local({**vary_alike(Operands.of(arrays)).present(), **rest})
+        return local(_all_vary_alike(arrays))
 
     return jax.shard_map(
         varying,
@@ -437,9 +535,13 @@ def _reshard(x: jax.Array, mesh: Any, partition: PartitionSpec) -> jax.Array:
 
 def _dim_axes(aval: Any) -> list[Axes]:
     """The mesh axes of each dim of a type."""
+    return [_entry(entry) for entry in _spec_of(aval)]
+
+
+def _spec_of(aval: Any) -> tuple[Any, ...]:
+    """The entries of a type's PartitionSpec, one for each dim."""
     spec = tuple(aval.sharding.spec)
-    spec += (None,) * (aval.ndim - len(spec))
-    return [_entry(entry) for entry in spec]
+    return spec + (None,) * (aval.ndim - len(spec))
 
 
 def _entry(entry: Any) -> Axes:

@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+FLOAT8 = np.dtype(jnp.float8_e4m3fn)
+DESCALE_BLOCKS = (64, 128)  # tokens that may share one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,17 @@ class Operands(NamedTuple):
     def present(self) -> dict[str, Any]:
         """The operands that are not absent, by name."""
         return {name: x for name, x in self._asdict().items() if x is not None}
+
+
+def first_position(spec: AttentionSpec, operands: Operands, seqlen_q: int) -> int | jax.Array:
+    """The key position at which query 0 of `seqlen_q` stands: an int, or int32 [*batch]."""
+    if operands.query_offset is not None:
+        return operands.query_offset
+    if spec.causal_alignment == "top_left":
+        return 0
+    lengths_q, lengths_k = operands.query_seq_lengths, operands.key_value_seq_lengths
+    last = operands.key.shape[-3] if lengths_k is None else lengths_k
+    return last - (seqlen_q if lengths_q is None else lengths_q)
 
 
 def full_batch(batches: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 
@@ -127,3 +127,11 @@ def log_once(why: Sequence[str], *, on_gpu: bool | None = None) -> None:
     for reason in new:
         _logged.add(reason)
         logging.warning("jax_fa3: attention runs on the xla path, not the kernels: %s", reason)
+
+
+def refuse_float8_gradient() -> NoReturn:
+    raise UnsupportedError(
+        "jax_fa3: attention of float8 inputs has no gradient; the recipe is to keep 16-bit "
+        "inputs, quantise them for the forward pass, and differentiate bfloat16 attention of "
+        "the unquantised ones (jax.custom_vjp); or jax.lax.stop_gradient around this one"
+    )

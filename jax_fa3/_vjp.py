@@ -21,13 +21,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad, batching, mlir
 
-from jax_fa3 import _arguments, _blockwise, _primitive, _sharding, _support
-from jax_fa3._spec import CORE_RANK, DIFFERENTIABLE, AttentionSpec, Operands
+from jax_fa3 import _blockwise, _primitive, _sharding, _support
+from jax_fa3._spec import DIFFERENTIABLE, FLOAT8, AttentionSpec, Operands
 
 # Under one jit, layers of one shape are traced once, and an eager call is compiled.
-_xla_forward_of_whole = jax.jit(_blockwise.forward, static_argnums=0)
-_xla_forward_of_rows = jax.jit(_primitive.xla_forward, static_argnums=0)
-_xla_backward_of_saved = jax.jit(_blockwise.backward, static_argnums=0)
+_blockwise_forward = jax.jit(_blockwise.forward, static_argnums=0)
+_blockwise_backward = jax.jit(_blockwise.backward, static_argnums=0)
 
 
 def attend(
@@ -54,9 +53,9 @@ def attend(
 
 
 def _xla_forward(spec, operands):
-    if _primitive.is_broadcast(operands, operands.batch()):
-        return _xla_forward_of_rows(spec, operands)
-    return _xla_forward_of_whole(spec, operands)
+    if _primitive.is_bindable(operands):
+        return _primitive.xla_forward(spec, operands)
+    return _blockwise_forward(spec, operands)
 
 
 def _attach(static, operands, out, lse):
@@ -91,10 +90,10 @@ def _out_and_lse(*arrays, tree, static):
 def _attach_batch(args, dims, **params):
     """out and lse come out as they are, so they have the mapped axis in full."""
     args, dims = list(args), list(dims)
-    sizes = {x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None}
+    size = next(x.shape[dim] for x, dim in zip(args, dims, strict=True) if dim is not None)
     for i in (-2, -1):
-        if sizes and dims[i] is None:
-            args[i], dims[i] = jnp.broadcast_to(args[i], (*sizes, *args[i].shape)), 0
+        if dims[i] is None:
+            args[i], dims[i] = jnp.broadcast_to(args[i], (size, *args[i].shape)), 0
     return _primitive.batching_rule(attach_p, args, dims, **params)
 
 
@@ -114,12 +113,8 @@ def _with_rule(static, operands, out, lse):
 
 
 def _with_rule_fwd(static, operands, out, lse):
-    if operands.query.dtype == _arguments.FLOAT8:
-        raise _support.UnsupportedError(
-            "jax_fa3: attention of float8 inputs has no gradient; the recipe is to keep 16-bit "
-            "inputs, quantise them for the forward pass, and differentiate bfloat16 attention of "
-            "the unquantised ones (jax.custom_vjp); or jax.lax.stop_gradient around this one"
-        )
+    if operands.query.dtype == FLOAT8:
+        _support.refuse_float8_gradient()
     # Not the bare out and lse, which stage one made constants: a second derivative passes here.
     return _attach(static, operands, out, lse), (operands, out, lse)
 
@@ -127,26 +122,39 @@ def _with_rule_fwd(static, operands, out, lse):
 def _with_rule_bwd(static, residuals, cotangents):
     spec, implementation = static
     backward: Any = _primitive.backward if implementation == "fa3" else _xla_backward
-    return _sharding.backward(backward, spec, *residuals, *cotangents), None, None
+    grads = _sharding.backward(
+        backward,
+        spec,
+        *residuals,
+        *cotangents,
+        takes_broadcast=_primitive.is_bindable(residuals[0]),
+    )
+    return grads, None, None
 
 
 _with_rule.defvjp(_with_rule_fwd, _with_rule_bwd)
 
 
+def _xla_backward(spec, operands, out, lse, dout, dlse, rows):
+    if rows:  # as `_sharding.backward` makes them, once it is no more differentiated
+        return _primitive.backward(spec, operands, out, lse, dout, dlse, rows, kernels=False)
+    return _xla_backward_of_saved(spec, operands, out, lse, dout, dlse)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _xla_backward(spec, operands, out, lse, dout, dlse):
+def _xla_backward_of_saved(spec, operands, out, lse, dout, dlse):
     """The operands' cotangents from the saved out and lse.
 
     Its own derivative must not take out and lse for constants, though stage one hides where they
     come from: it differentiates `_blockwise.attention`'s reverse rule, which knows.
     """
-    if _primitive.is_broadcast(operands, out.shape[: -CORE_RANK["query"]]):
+    if _primitive.is_bindable(operands):
         return _primitive.backward(spec, operands, out, lse, dout, dlse, kernels=False)
-    return _xla_backward_of_saved(spec, operands, out, lse, dout, dlse)
+    return _blockwise_backward(spec, operands, out, lse, dout, dlse)
 
 
 def _xla_backward_fwd(spec, operands, out, lse, dout, dlse):
-    grads = _xla_backward(spec, operands, out, lse, dout, dlse)
+    grads = _xla_backward_of_saved(spec, operands, out, lse, dout, dlse)
     return grads, (operands, dout, dlse)
 
 
@@ -168,7 +176,7 @@ def _xla_backward_bwd(spec, residuals, cotangents):
     return Operands.of(second), None, None, ddout, ddlse
 
 
-_xla_backward.defvjp(_xla_backward_fwd, _xla_backward_bwd)
+_xla_backward_of_saved.defvjp(_xla_backward_fwd, _xla_backward_bwd)
 
 
 def _only_differentiable(operands: Operands) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_fa3 import attention
+from jax_fa3 import _sharding, attention
 from jax_fa3._arguments import (
     Problems,
     as_array,
@@ -148,7 +148,7 @@ def _cu_seqlens(name: str, x: Any, total: int, problems: Problems) -> Any:
     if x.ndim != 1 or not x.size:
         problems.add(name, f"shape {show(x.shape)}", "[sequences + 1]")
         return None
-    return clipped_int32(x, 0, total)
+    return _sharding.gathered(clipped_int32(x, 0, total))
 
 
 def _sequence_of(cu_seqlens: jax.Array, total: int) -> jax.Array:

@@ -142,6 +142,19 @@ def qkv(*, batch=(2,), t=5, s=7, n=4, k=2, h=8, d=None, dtype=jnp.float32):
     )
 
 
+def bf16(**sizes):
+    """qkv that the kernels take."""
+    return qkv(**{"h": 64, "t": 6, "s": 10, "dtype": jnp.bfloat16, **sizes})
+
+
+# Both doors of the package: float32 takes the xla function, bfloat16 of head dim 64 the primitives.
+CASES = {
+    "xla": {"dtype": jnp.float32, "h": 8},
+    "primitive": {"dtype": jnp.bfloat16, "h": 64},
+}
+both_doors = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
 def poison(x: jax.Array, after, value=float("nan"), axis: int = -3) -> jax.Array:
     """`x` with `value` at every index >= `after` of `axis`.
 
@@ -273,6 +286,11 @@ def oracle(
         lse = jnp.where(valid, lse, -jnp.inf)
         out = jnp.where(valid[..., None], out, 0)
     return out, lse
+
+
+def exact(*args, **options):
+    """The oracle in float32 on the rounded inputs, gradients back in the inputs' dtype."""
+    return oracle(*(x.astype(jnp.float32) for x in args), **options)
 
 
 def plain(query, key, value, see=None, *, scale=None):

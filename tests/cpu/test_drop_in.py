@@ -237,6 +237,34 @@ def test_traced_scale():
     both(lambda attention, q, k, v, scale: attention(q, k, v, scale=scale), args, tolerance=4)
 
 
+@jax.tree_util.register_pytree_node_class
+class Variable:
+    """An array by JAX's protocol alone, as flax.nnx has them."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __jax_array__(self):
+        return self.value
+
+    def tree_flatten(self):
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_variables():
+    lengths, scale = Variable(jnp.asarray([1, 5])), Variable(jnp.float32(0.4))
+    values(
+        lambda attention, q, k, v, scale, lengths: attention(
+            q, k, v, scale=scale, key_value_seq_lengths=lengths
+        ),
+        (*qkv(), scale, lengths),
+    )
+
+
 @pytest.mark.parametrize("axis", [0, 3])
 def test_under_vmap_and_grad(axis):
     args = tuple(normal((3, 2, 5, 4, 8)) for _ in range(3))

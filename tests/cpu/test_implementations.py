@@ -13,15 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, error_of, integers, normal, oracle, qkv
+from helpers import assert_close, bf16, error_of, integers, normal, oracle, qkv
 
 import jax_fa3
 
 attend = jax_fa3.dot_product_attention
-
-
-def bf16(**sizes):
-    return qkv(**{"h": 64, "t": 6, "s": 10, "dtype": jnp.bfloat16, **sizes})
 
 
 def uses_primitive(f, *args) -> bool:

@@ -16,13 +16,13 @@ import pytest
 from helpers import (
     BWD_TARGET,
     attributes,
+    bf16,
     cuda_text,
     float_of,
     kernel_calls,
     kernel_lines,
     layouts,
     normal,
-    qkv,
     signature,
 )
 
@@ -33,10 +33,6 @@ attend = jax_fa3.dot_product_attention
 
 # A test holds this list to the extension's.
 DIMS = _support.KERNEL_HEAD_DIMS
-
-
-def bf16(**sizes):
-    return qkv(**{"h": 64, "t": 6, "s": 10, "dtype": jnp.bfloat16, **sizes})
 
 
 def loss(*args, **options):

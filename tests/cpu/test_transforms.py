@@ -1,7 +1,7 @@
 """jit, grad, vmap, scan and checkpoint compose in any order, with values of the dense oracle.
 
-`CASES` runs everything through both doors: float32 takes the xla function, bfloat16 of head dim 64
-takes the primitives (their default lowering here, the kernel's lowering as text).
+`CASES` runs everything through both doors; of the primitives it is their default lowering that runs
+here, and the kernel's lowering is read as text.
 """
 # ruff: noqa: E731  (one-line functions of a test read best where they are used)
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, integers, normal, oracle, qkv
+from helpers import CASES, assert_close, both_doors, exact, integers, normal, oracle, qkv
 
 import jax_fa3
 from jax_fa3 import _primitive
@@ -22,12 +22,6 @@ from jax_fa3 import _primitive
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 attend = functools.partial(jax_fa3.dot_product_attention, return_residual=True)
-
-CASES = {
-    "xla": {"dtype": jnp.float32, "h": 8},
-    "primitive": {"dtype": jnp.bfloat16, "h": 64},
-}
-both_doors = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 SUBSETS = [s for r in (1, 2, 3) for s in itertools.combinations(range(3), r)]
 SIZE = 3  # of a mapped axis
@@ -55,11 +49,6 @@ def loop(f, args, in_axes):
         for i in range(SIZE)
     ]
     return jax.tree.map(lambda *r: jnp.stack(r), *rows)
-
-
-def exact(*args, **options):
-    """The oracle in float32 on the rounded inputs, gradients back in the inputs' dtype."""
-    return oracle(*(x.astype(jnp.float32) for x in args), **options)
 
 
 def total(attention, **options):
@@ -341,14 +330,15 @@ OPTIONAL = {
     "sinks": lambda lead: normal((*lead, N)),
 }
 FLOATS = ("bias", "scale", "sinks")
+# What the kernels take; the others choose the xla function whatever the dtype.
+OF_THE_KERNELS = ("scale", "query_offset")
 
 
 @pytest.mark.parametrize(
     ("case", "name"),
     [(CASES["xla"], name) for name in OPTIONAL]
-    # What the kernels take; the others choose the xla function whatever the dtype.
-    + [(CASES["primitive"], name) for name in ("scale", "query_offset")],
-    ids=[*OPTIONAL, "scale of the primitive", "query_offset of the primitive"],
+    + [(CASES["primitive"], name) for name in OF_THE_KERNELS],
+    ids=[*OPTIONAL, *(f"{name} of the primitive" for name in OF_THE_KERNELS)],
 )
 def test_vmap_over_one_optional_array_alone(case, name):
     """The array carries the axis, the operands do not; values, and the gradients there are."""
@@ -386,19 +376,24 @@ def test_vmap_over_everything_at_once_on_different_axes():
     assert_close(got, jax.tree.map(lambda *r: jnp.stack(r), *rows))
 
 
+@both_doors
 @pytest.mark.parametrize("draw", range(6))
-def test_vmap_over_any_subset_of_all_arguments(draw):
-    """All arguments are given and some are mapped, each on an axis of its own; with gradients."""
+def test_vmap_over_any_subset_of_all_arguments(case, draw):
+    """All arguments are given and some are mapped, each on an axis of its own; with gradients.
+
+    All that the door takes: of the optional arrays the primitive has two.
+    """
     del draw  # the test's name draws its numbers: another subset and other axes
-    arrays = dict(zip(("query", "key", "value"), qkv(batch=(B,), t=T, s=S, n=N, k=K)))
-    free = (*arrays, *FLOATS)
-    arrays |= {name: make(()) for name, make in OPTIONAL.items()}
+    arrays = dict(zip(("query", "key", "value"), qkv(batch=(B,), t=T, s=S, n=N, k=K, **case)))
+    optional = OPTIONAL if case is CASES["xla"] else OF_THE_KERNELS
+    free = (*arrays, *(name for name in FLOATS if name in optional))
+    arrays |= {name: OPTIONAL[name](()) for name in optional}
     mapped = helpers.fresh_rng().random(len(arrays)) < 0.4
     mapped[helpers.fresh_rng().integers(len(arrays))] = True
     axes = dict.fromkeys(arrays)
     for name in itertools.compress(list(arrays), mapped):
         x = arrays[name]
-        row = OPTIONAL.get(name, lambda lead, shape=x.shape: normal((*lead, *shape)))((SIZE,))
+        row = OPTIONAL.get(name, lambda lead, x=x: normal((*lead, *x.shape), x.dtype))((SIZE,))
         axes[name] = int(helpers.fresh_rng().integers(0, row.ndim))
         arrays[name] = jnp.moveaxis(row, 0, axes[name])
 
@@ -416,7 +411,7 @@ def test_vmap_over_any_subset_of_all_arguments(draw):
         return jax.tree.map(lambda *r: jnp.stack(r), *rows)
 
     got = jax.jit(jax.vmap(functools.partial(both, attend), (axes,)))(arrays)
-    assert_close(got, jax.jit(one_by_one)(arrays), scale=8)
+    assert_close(got, jax.jit(one_by_one)(arrays), case["dtype"], scale=8)
 
 
 def exact_by_name(*, query, key, value, **options):
@@ -437,9 +432,11 @@ def test_vmap_over_descales():
 
 @both_doors
 def test_jacrev(case):
-    q, k, v = qkv(batch=(), t=2, s=3, n=2, k=1, **case)
-    jacobian = lambda attention: jax.jit(jax.jacrev(lambda *a: attention(*a)[1], (0, 1)))
-    got, wanted = jacobian(attend)(q, k, v), jacobian(exact)(q, k, v)
+    """Of out and lse, with regard to query, key and value."""
+    args = qkv(batch=(), t=2, s=3, n=2, k=1, **case)
+    # jacrev wants both results in one dtype; a cast to float32 rounds nothing.
+    floats = lambda attention: lambda *a: jax.tree.map(jnp.float32, attention(*a))
+    got, wanted = (jax.jit(jax.jacrev(floats(f), (0, 1, 2)))(*args) for f in (attend, exact))
     assert_close(got, wanted, case["dtype"], scale=2)
 
 

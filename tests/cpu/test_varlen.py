@@ -9,10 +9,13 @@ import itertools
 import chex
 import helpers
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, normal, oracle
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_fa3
 
@@ -159,6 +162,26 @@ def test_ends_are_traced():
     for cu in ([0, 3, 9], [0, 9, 9], [0, 0, 4]):
         assert_close(f(jnp.asarray(cu, jnp.int32)), alone(args, cu, is_causal=True))
     assert len(traces) == 1
+
+
+def test_ends_of_an_unknown_number_of_sequences_are_refused():
+    (count,) = jax.export.symbolic_shape("count")
+    f = jax.jit(lambda cu: varlen(*packed(9, 9), cu))
+    helpers.error_of(
+        ValueError,
+        lambda: jax.export.export(f)(jax.ShapeDtypeStruct((count,), jnp.int32)),
+        "cu_seqlens_q: got shape (count,)",
+        "export once for each shape",
+    )
+
+
+def test_ends_that_are_sharded_over_an_explicit_axis():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    args, cu = packed(9, 9), jnp.asarray([0, 3, 5, 9], jnp.int32)
+    with jax.set_mesh(mesh):
+        there = jax.device_put(cu, NamedSharding(mesh, P("data")))
+        got = jax.jit(lambda cu: varlen(*args, cu, is_causal=True))(there)
+    assert_close(jax.tree.map(np.asarray, got), alone(args, cu, is_causal=True))
 
 
 @pytest.mark.parametrize("hints", [(3, 5), (1, 1), (9, 9), (100, 100), (0, 0)])
