@@ -125,6 +125,16 @@ def test_a_layer_in_16_bits_keeps_its_dtype():
     assert_close(got, wanted)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_a_layer_that_the_kernels_take():
+    """Head dim 64 in bfloat16, causal; values and gradients."""
+    layer = layer_of(qk_size=64, vo_size=64, dtype=jnp.bfloat16)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs_of(layer, s=T)]
+    options = {"is_causal": True}
+    assert kernel_calls(cuda_text(convert(layer, **options), *inputs)) == 1
+    same(layer, inputs, options=options, mask=causal(s=T), ours={})
+
+
 def test_a_row_that_sees_nothing_is_zero_and_not_the_mean():
     layer = convert(layer_of())
     out = layer(*inputs_of(layer), mask=jnp.ones((T, S), bool).at[2].set(False))

@@ -146,6 +146,19 @@ def test_the_layers_dtype_is_honoured(layer):
 
 
 @both_libraries
+@pytest.mark.usefixtures("kernels", "implicit_promotion")
+def test_a_layer_that_the_kernels_take(layer):
+    """Head dim 64 in bfloat16, causal as each library asks for it."""
+    x = normal((2, 6, FEATURES))
+    attention = make_attention_fn(is_causal=True)
+    theirs = {"is_causal": True} if layer is nnx_layer else {"mask": nn.make_causal_mask(x[..., 0])}
+    fields = {"qkv_features": 64 * HEADS, "dtype": jnp.bfloat16}
+    params, f = layer(attention, **fields)
+    assert kernel_calls(cuda_text(f, params, x)) == 1
+    same_in_the_layer(layer, [x], attention=attention, theirs=theirs, **fields)
+
+
+@both_libraries
 def test_an_inactive_dropout_is_honoured(layer):
     same_in_the_layer(
         layer, [normal((2, 5, FEATURES))], dropout_rate=0.3, call={"deterministic": True}

@@ -724,13 +724,31 @@ def test_every_option_where_ranks_may_not_be_promoted(attention):
         assert_close(both(), right)
 
 
-def test_forward_mode_and_second_derivatives_of_the_primitive_raise():
-    q, k, v = bf16_qkv(batch=(), t=3, s=4)
-    with pytest.raises((TypeError, NotImplementedError, ValueError)):
-        jax.jvp(attend, (q, k, v), (q, k, v))
-    loss = lambda q: attend(q, k, v)[0].astype(jnp.float32).sum()
-    with pytest.raises((TypeError, NotImplementedError, ValueError)):
-        jax.grad(lambda q: jax.grad(loss)(q).astype(jnp.float32).sum())(q)
+def total_of_out(*args):
+    return attend(*args)[0].astype(jnp.float32).sum()
+
+
+FORWARD_MODE = {
+    "jvp": lambda *a: jax.jvp(attend, a, a),
+    "jvp of jit": lambda *a: jax.jvp(jax.jit(attend), a, a),
+    "jvp of vmap": lambda *a: jax.jvp(jax.vmap(attend), a, a),
+    "linearize": lambda *a: jax.linearize(attend, *a)[1](*a),
+    "jacfwd": jax.jacfwd(total_of_out),
+    "hessian": jax.hessian(total_of_out),
+}
+
+
+@pytest.mark.parametrize("derivative", FORWARD_MODE.values(), ids=FORWARD_MODE)
+def test_forward_mode_of_the_primitive_raises(derivative):
+    with pytest.raises(TypeError, match="forward-mode"):  # JAX's own words
+        derivative(*bf16_qkv(t=3, s=4))
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.vmap], ids=["bare", "jit", "vmap"])
+def test_a_second_derivative_of_the_primitive_raises(around):
+    gradient = around(jax.grad(total_of_out))
+    with pytest.raises(jax_fa3.UnsupportedError, match="second derivative"):
+        jax.grad(lambda *a: gradient(*a).astype(jnp.float32).sum())(*bf16_qkv(t=3, s=4))
 
 
 # --- FP8 -------------------------------------------------------------------------------------

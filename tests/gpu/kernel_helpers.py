@@ -46,14 +46,34 @@ def run_with_dump(code: str, folder: pathlib.Path, *arguments, flags="", timeout
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def thunks_of(folder, name):
+    """The thunks that XLA runs for the jitted function `name`, from its dump.
+
+    Returns: ([(kind, whether in a command buffer), ...], the dump).
+    """
+    dumps = {p.name.rpartition(".jit_" + name + ".")[2]: p for p in folder.iterdir()}
+    first, last = "thunk_sequence.txt", "thunk_sequence_after_thunk_passes.txt"
+    assert first in dumps, f"XLA dumped no thunks of {name}; there are {sorted(dumps)}"
+    # There is no second dump where the passes, which make command buffers, changed nothing.
+    text = dumps.get(last, dumps[first]).read_text(errors="replace")
+    # A thunk is a line such as "001: kCustomCall"; a buffer's own are indented further than it.
+    thunks, buffer = [], None
+    for indent, kind in re.findall(r"(?m)^( *)(?:\d+: *)?k(\w+)", text):
+        if buffer is not None and len(indent) <= buffer:
+            buffer = None
+        thunks.append((kind, buffer is not None))
+        if kind == "CommandBuffer" and buffer is None:
+            buffer = len(indent)
+    return thunks, text
+
+
 def captured_step(folder: pathlib.Path) -> dict[str, str]:
-    """XLA's dump, file name to text, of a jitted function `step` that it captured."""
-    dumped = {p.name: p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file()}
-    thunks = {n: x for n, x in dumped.items() if "thunk" in n and "jit_step" in n}
-    assert thunks, f"XLA dumped no thunk sequence; there are {sorted(dumped)}"
-    captured = [n for n, x in thunks.items() if re.search(r"k?command_?buffer", x, re.I)]
-    assert captured, f"no command buffer in {sorted(thunks)}:\n{next(iter(thunks.values()))[:3000]}"
-    return dumped
+    """XLA's dump, file name to text, of a jitted function `step` whose calls it captured."""
+    thunks, text = thunks_of(folder, "step")
+    calls = [inside for kind, inside in thunks if kind == "CustomCall"]
+    assert calls, f"no call:\n{text[:3000]}"
+    assert all(calls), f"a call is outside of every command buffer:\n{text[:3000]}"
+    return {p.name: p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file()}
 
 
 def see_causal(t: int, s: int, diagonal) -> np.ndarray:

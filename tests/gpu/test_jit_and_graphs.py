@@ -1,16 +1,18 @@
-"""Under XLA's runtime: many calls in one program, donation, threads, command buffers."""
+"""Under XLA's runtime: many calls in one program, donation, threads, command buffers, export."""
 
 import functools
 import pathlib
-import re
 import threading
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_bits, normal, qkv
-from kernel_helpers import attend, captured_step, check, run_with_dump, see_causal
+from helpers import assert_same_bits, cotangents, normal, pullback_of, qkv
+from kernel_helpers import attend, captured_step, check, run_with_dump, see_causal, thunks_of
+
+import jax_fa3
 
 
 def test_many_calls_in_one_program():
@@ -84,12 +86,13 @@ def test_two_programs_dispatched_in_turn(first, second):
         assert_same_bits(got, wanted[which][index], message=f"dispatch {dispatch}")
 
 
-def test_two_threads_dispatch_at_once():
+@pytest.mark.parametrize("function", [forward, gradient])
+def test_two_threads_dispatch_at_once(function):
     problems = [
         qkv(batch=(2,), t=t, s=s, n=4, k=2, h=h, dtype=jnp.bfloat16)
         for t, s, h in ((300, 300, 128), (257, 411, 64))
     ]
-    f = jax.jit(lambda *a: attend(*a, is_causal=True))
+    f = jax.jit(functools.partial(function, is_causal=True))
     wanted = [tuple(np.asarray(x) for x in f(*args)) for args in problems]
     failures = []
 
@@ -107,6 +110,20 @@ def test_two_threads_dispatch_at_once():
     for thread in threads:
         thread.join()
     assert not failures, failures
+
+
+def test_an_exported_program_gives_the_bits_of_the_jitted_one():
+    """Values and gradients of what was written as bytes and read again."""
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    args = qkv(t=333, s=411, n=4, k=2, h=128, dtype=jnp.bfloat16)
+    attention = functools.partial(attend, is_causal=True, deterministic_backward=True)
+    inputs = args, cotangents(attention, args)
+    step = pullback_of(attention)
+    exported = jax.export.export(
+        step, platforms=["cuda"], disabled_checks=jax_fa3.export_disabled_checks()
+    )(*inputs)
+    restored = jax.export.deserialize(exported.serialize())
+    assert_same_bits(restored.call(*inputs), step(*inputs))
 
 
 def test_a_step_replays_with_changing_inputs():
@@ -155,7 +172,7 @@ print(float(q.astype(jnp.float32).sum()))
 
 
 def test_xla_captures_the_kernel_into_a_command_buffer(tmp_path):
-    """XLA's dump of the thunks that it will run shows the call inside a command buffer."""
+    """XLA's dump of the thunks that it will run shows every call inside a command buffer."""
     run_with_dump(CAPTURE, tmp_path, pathlib.Path(__file__).parent)
     captured_step(tmp_path)
 
@@ -220,27 +237,6 @@ for i, ((params, batch), step) in enumerate(zip(seen, steps)):
             f"grad{n}": g for n, g in enumerate(flat)
         })
 """
-
-
-def thunks_of(folder, name):
-    """The thunks that XLA runs for the jitted function `name`, from its dump.
-
-    Returns: ([(kind, whether in a command buffer), ...], the dump).
-    """
-    dumps = {p.name.rpartition(".jit_" + name + ".")[2]: p for p in folder.iterdir()}
-    first, last = "thunk_sequence.txt", "thunk_sequence_after_thunk_passes.txt"
-    assert first in dumps, f"XLA dumped no thunks of {name}; there are {sorted(dumps)}"
-    # There is no second dump where the passes, which make command buffers, changed nothing.
-    text = dumps.get(last, dumps[first]).read_text(errors="replace")
-    # A thunk is a line such as "001: kCustomCall"; a buffer's own are indented further than it.
-    thunks, buffer = [], None
-    for indent, kind in re.findall(r"(?m)^( *)(?:\d+: *)?k(\w+)", text):
-        if buffer is not None and len(indent) <= buffer:
-            buffer = None
-        thunks.append((kind, buffer is not None))
-        if kind == "CommandBuffer" and buffer is None:
-            buffer = len(indent)
-    return thunks, text
 
 
 def test_a_captured_train_step_replays_right_with_new_inputs(tmp_path):

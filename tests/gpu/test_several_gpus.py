@@ -43,16 +43,6 @@ PLACEMENTS = {
 }
 
 
-def with_pullback(attention):
-    """(q, k, v, dout, dlse) -> (out, lse), (dq, dk, dv)."""
-
-    def both(q, k, v, dout, dlse):
-        values, pullback = jax.vjp(attention, q, k, v)
-        return values, pullback((dout, dlse))
-
-    return both
-
-
 def local_queries(q, k, v):
     """One GPU's view of a sharded query sequence: only there must the caller say where it is."""
     return causal(q, k, v, query_offset=jax.lax.axis_index("gpus") * q.shape[1])
@@ -79,7 +69,7 @@ ROUTES = {
 class Case(NamedTuple):
     args: tuple
     cts: tuple
-    alone: tuple  # (out, lse) of one GPU
+    alone: tuple  # (out, lse) and (dq, dk, dv) of one GPU
     exact_and_plain: tuple  # gradients in float32, and by plain JAX in the dtype
 
 
@@ -89,7 +79,7 @@ def case(name, h):
     helpers.seed_from(f"{name}, head dim {h}")  # whichever test asks first
     placement = PLACEMENTS[name]
     args, cts = backward_helpers.problem(batch=B, t=T, s=T, n=placement.n, k=placement.k, h=h)
-    alone = jax.tree.map(np.asarray, jax.jit(causal)(*args))
+    alone = jax.tree.map(np.asarray, helpers.pullback_of(causal)(args, cts))
     exact_and_plain = backward_helpers.yardsticks(args, cts, see_causal(T, T, 0))
     return Case(args, cts, alone, jax.tree.map(np.asarray, exact_and_plain))
 
@@ -102,13 +92,14 @@ def test_two_gpus_give_what_one_gives_and_move_no_more_than_they_must(two_gpus, 
     placement, (args, cts, alone, exact_and_plain) = PLACEMENTS[name], case(name, h)
     kind, attention_on = ROUTES[route]
     mesh = jax.make_mesh((2,), ("gpus",), axis_types=(kind,), devices=two_gpus)
-    step = with_pullback(attention_on(mesh, placement))
+    step = helpers.pullback_of(attention_on(mesh, placement))
     like_query = NamedSharding(mesh, placement.q_spec)
 
     with jax.set_mesh(mesh):
         sharded = placed(args, mesh, placement.q_spec, placement.kv_spec)
-        compiled = jax.jit(step).lower(*sharded, *jax.device_put(cts, like_query)).compile()
-        values, grads = compiled(*sharded, *jax.device_put(cts, like_query))
+        sharded_cts = jax.device_put(cts, like_query)
+        compiled = step.lower(sharded, sharded_cts).compile()
+        values, grads = compiled(sharded, sharded_cts)
 
     hlo = compiled.as_text()
     assert seen_by_kernels(hlo) == [f"{placement.local},{h}"] * 2  # forward and backward
@@ -118,10 +109,11 @@ def test_two_gpus_give_what_one_gives_and_move_no_more_than_they_must(two_gpus, 
 
     values, grads = jax.tree.map(np.asarray, (values, grads))
     if name == "query sequence":  # its tiles begin at other rows, so sums have another order
-        assert_close(values, alone)
+        assert_close(values, alone[0])
     else:  # a shard of these sizes gets the kernel that the whole gets, and no row sees another
-        assert_same_bits(values, alone)
+        assert_same_bits(values, alone[0])
     bounds.check_against_float32(values, args, diagonal=0)
     # Where dk and dv are sums over the GPUs, each addend was rounded.
+    assert_close(grads, alone[1], scale=2)
     slack = backward_helpers.half_ulp(args[0].dtype)
     backward_helpers.check(grads, *exact_and_plain, epsilon=slack, what=f"{route}, {name}")
