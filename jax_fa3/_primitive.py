@@ -168,8 +168,7 @@ def _batch_sharding(avals: Sequence[Any], ranks: Sequence[int], batch: tuple[int
     """Partition of the batch dims on Explicit mesh axes (vmap over a sharded axis makes them)."""
     partition: list[Any] = [None] * len(batch)
     for aval, rank in zip(avals, ranks, strict=True):
-        spec = tuple(aval.sharding.spec)
-        spec += (None,) * (aval.ndim - len(spec))
+        spec = _sharding.entries_of(aval)
         n = aval.ndim - rank
         if any(axis is not None for axis in spec[n:]):
             raise ValueError(
@@ -577,8 +576,7 @@ def _bwd_sum_abstract(*avals, names, spec, summed, kernels):
     sums = _summed_dims([aval.shape for aval in avals], names, summed)
     outs = []
     for aval, dims in zip(full, sums, strict=True):
-        shape, partition = list(aval.shape), list(aval.sharding.spec)
-        partition += [None] * (len(shape) - len(partition))
+        shape, partition = list(aval.shape), list(_sharding.entries_of(aval))
         for dim in dims:
             shape[dim], partition[dim] = 1, None
         sharding = aval.sharding.update(spec=PartitionSpec(*partition))
@@ -603,6 +601,8 @@ def _sum_row_by_row(*arrays, names, spec, summed, kernels):
     wanted = _wanted(names, arrays)
     sums = _summed_dims([x.shape for x in arrays], names, summed)
     dims = sorted(set().union(*sums))
+    # is_row: never split again. JAX keeps a lowering for each set of parameters and types, and here
+    # the types name no mesh: another call of these shapes may be one that is split.
     make_rows = functools.partial(bwd_p.bind, is_row=True) if kernels else _xla_backward
     if 0 in batch:
         return [

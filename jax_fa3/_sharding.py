@@ -419,7 +419,7 @@ def _backward_over(
     grads = _over(mesh, split, local, arrays, shapes)
 
     def as_operand(name: str) -> PartitionSpec:
-        spec = list(_spec_of(jax.typeof(arrays[name])))
+        spec = list(entries_of(jax.typeof(arrays[name])))
         used = {axis for entry in spec for axis in _entry(entry)}
         for i in range(rows):
             if arrays[name].shape[i] != full[i]:
@@ -465,7 +465,7 @@ def placed_as(x: jax.Array, y: jax.Array) -> jax.Array:
     if not any(map(is_sharded, types)):
         return y
     mesh = next(t.sharding.mesh for t in types if not t.sharding.mesh.empty)
-    return _reshard(y, mesh, PartitionSpec(*_spec_of(types[0])[: y.ndim]))
+    return _reshard(y, mesh, PartitionSpec(*entries_of(types[0])[: y.ndim]))
 
 
 def gathered(x: jax.Array) -> jax.Array:
@@ -477,6 +477,12 @@ def gathered(x: jax.Array) -> jax.Array:
 def is_sharded(aval: Any) -> bool:
     """Whether a dim is sharded over Explicit axes: a type names no other axes."""
     return any(axis is not None for axis in aval.sharding.spec)
+
+
+def entries_of(aval: Any) -> tuple[Any, ...]:
+    """The entries of a type's PartitionSpec, one for each dim."""
+    spec = tuple(aval.sharding.spec)
+    return spec + (None,) * (aval.ndim - len(spec))
 
 
 def _explicit(arrays: Mapping[str, jax.Array]) -> tuple[Any, Split] | None:
@@ -535,13 +541,7 @@ def _reshard(x: jax.Array, mesh: Any, partition: PartitionSpec) -> jax.Array:
 
 def _dim_axes(aval: Any) -> list[Axes]:
     """The mesh axes of each dim of a type."""
-    return [_entry(entry) for entry in _spec_of(aval)]
-
-
-def _spec_of(aval: Any) -> tuple[Any, ...]:
-    """The entries of a type's PartitionSpec, one for each dim."""
-    spec = tuple(aval.sharding.spec)
-    return spec + (None,) * (aval.ndim - len(spec))
+    return [_entry(entry) for entry in entries_of(aval)]
 
 
 def _entry(entry: Any) -> Axes:
