@@ -365,6 +365,27 @@ def test_vmap_of_gradients_over_an_explicit_axis_beside_another_gathers_nothing(
 
 
 @both_doors
+def test_an_explicit_axis_of_size_1_that_maps_the_keys_alone(case):
+    """The result's type has it: JAX asks for it in the cotangent."""
+    mesh = mesh_of(1, 2, names=("data", "heads"), kind=AxisType.Explicit)
+    q, k, v = operands(case)
+    rows = jnp.stack([k, -k])
+
+    def scalar(attention):
+        return lambda q, rows, v: jax.vmap(lambda k: attention(q, k, v)[1])(rows).sum()
+
+    heads = P(None, None, "heads")
+    with jax.set_mesh(mesh):
+        q_there, v_there = placed((q, v), mesh, heads, heads)
+        rows_there = jax.device_put(rows, NamedSharding(mesh, P("data", *heads)))
+        out = jax.vmap(lambda k: attend(q_there, k, v_there)[0])(rows_there)
+        assert tuple(jax.typeof(out).sharding.spec) == ("data", None, None, "heads", None)
+        got = jax.jit(jax.grad(scalar(attend), (0, 1)))(q_there, rows_there, v_there)
+    right = jax.jit(jax.grad(scalar(exact), (0, 1)))(q, rows, v)
+    assert_close(jax.tree.map(np.asarray, got), right, case["dtype"], scale=6)
+
+
+@both_doors
 @pytest.mark.parametrize("spec", [P(None, "data"), P()], ids=["query sequence", "nothing"])
 def test_an_array_scale_beside_lengths_that_lie_elsewhere(case, spec):
     """The factor of the query wants the lengths, before anything is placed."""
