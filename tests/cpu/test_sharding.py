@@ -73,6 +73,28 @@ def wanted(is_causal):
     return both
 
 
+def gradients_of(f):
+    """(q, k, v, dout, dlse) -> the gradients of f(q, k, v) = (out, lse)."""
+
+    def gradients(q, k, v, dout, dlse):
+        (out, lse), pullback = jax.vjp(f, q, k, v)
+        return pullback((dout.astype(out.dtype), dlse.astype(lse.dtype)))
+
+    return gradients
+
+
+def manual_over_data(mesh, **options):
+    """`attend` in a jax.shard_map over "data"; the mesh's other axis stays what it is."""
+    return jax.shard_map(
+        lambda *a: attend(*a),
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+        **options,
+    )
+
+
 def value_and_grads(f, scalar, args):
     """f(*args) and the gradients of scalar(*args), in one compilation."""
     return jax.jit(lambda *a: (f(*a), jax.grad(scalar, (0, 1, 2))(*a)))(*args)
@@ -343,10 +365,9 @@ def test_vmap_of_gradients_over_an_explicit_axis_beside_another_gathers_nothing(
     specs = [P("data", *heads) if m else heads for m in has_rows]
 
     def rows(attention):
-        def gradients(factor, q, k, v, dout, dlse):
+        def gradients(factor, *args):
             f = lambda q, k, v: attention(q * factor.astype(q.dtype), k, v, is_causal=True)
-            (out, lse), pullback = jax.vjp(f, q, k, v)
-            return pullback((dout.astype(out.dtype), dlse.astype(lse.dtype)))
+            return gradients_of(f)(*args)
 
         one = jax.vmap(gradients, (None, *(0 if m else None for m in has_rows)))
         return jax.vmap(one, (0,) + 5 * (None,))
@@ -618,14 +639,7 @@ def test_a_mesh_that_is_manual_in_part_gives_right_values(case, kind, check_vma)
     full = P("data", None, "heads")
     with jax.set_mesh(mesh):
         sharded = placed(args, mesh, full, full)
-        f = jax.shard_map(
-            attend,
-            mesh=mesh,
-            in_specs=P("data"),
-            out_specs=P("data"),
-            axis_names={"data"},
-            check_vma=check_vma,
-        )
+        f = manual_over_data(mesh, check_vma=check_vma)
 
         def scalar(*args):
             found = f(*args)
@@ -654,16 +668,9 @@ def test_spmd_axis_name_keeps_the_mapped_axis_on_its_mesh_axis(case, around):
         "shard_map": jax.shard_map(attend, mesh=mesh, in_specs=heads, out_specs=heads),
     }[around]
 
-    def pullback(f):
-        def gradients(q, k, v, dout, dlse):
-            (out, _), transpose = jax.vjp(f, q, k, v)
-            return transpose((dout.astype(out.dtype), dlse))
-
-        return gradients
-
     def values_and_grads(*args):
         return jax.vmap(member, spmd_axis_name="data")(*args[:3]), jax.vmap(
-            pullback(member), spmd_axis_name="data"
+            gradients_of(member), spmd_axis_name="data"
         )(*args)
 
     sharded = with_cotangents(args, mesh, P("data"), P("data"))
@@ -671,7 +678,7 @@ def test_spmd_axis_name_keeps_the_mapped_axis_on_its_mesh_axis(case, around):
     got = compiled(*sharded)
     values, grads = jax.tree.map(np.asarray, got)
     assert_close(values, jax.vmap(exact)(*args), case["dtype"])
-    assert_close(grads, jax.vmap(pullback(exact))(*sharded), case["dtype"], scale=6)
+    assert_close(grads, jax.vmap(gradients_of(exact))(*sharded), case["dtype"], scale=6)
     for x in jax.tree.leaves(got):
         wanted = NamedSharding(mesh, P("data", None, None, "heads"))
         assert x.sharding.is_equivalent_to(wanted, x.ndim)
@@ -866,13 +873,7 @@ def test_a_vmap_over_a_mesh_axis_gives_the_kernels_the_local_members(kind):
 def test_an_auto_axis_beside_manual_ones_shards_the_kernels_heads():
     mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
     sharded = placed(operands(CASES["primitive"]), mesh, BOTH, BOTH)
-    f = jax.shard_map(
-        lambda *a: attend(*a),
-        mesh=mesh,
-        in_specs=P("data"),
-        out_specs=P("data"),
-        axis_names={"data"},
-    )
+    f = manual_over_data(mesh)
     hlo = jax.jit(f).lower(*sharded).compile().as_text()
     assert seen_by_kernels(hlo) == ["1,8,2,64"]
     assert not moves_between_devices(hlo)
@@ -888,13 +889,7 @@ def test_a_split_that_needs_communication_beside_manual_axes_is_not_made_silentl
     """A device knows its place on an Auto axis only where no other axis is manual."""
     _partitioning._warn_once.cache_clear()
     mesh = mesh_of(2, 4, names=("data", "model"), kind=AxisType.Auto)
-    f = jax.shard_map(
-        lambda *a: attend(*a),
-        mesh=mesh,
-        in_specs=P("data"),
-        out_specs=P("data"),
-        axis_names={"data"},
-    )
+    f = manual_over_data(mesh)
     sharded = placed(operands(CASES["primitive"], k=k), mesh, P("data", *spec[1:]), P("data"))
     with caplog.at_level("WARNING", logger="absl"):
         hlo = jax.jit(f).lower(*sharded).compile().as_text()
@@ -981,9 +976,7 @@ def test_a_split_call_under_vmap_and_in_a_mesh_that_is_manual_in_part(split_on_t
     mesh = mesh_of(4, 2, names=("data", "heads"), kind=AxisType.Auto)
     args = operands(CASES["primitive"])
     sharded = placed(args, mesh, BOTH, BOTH)
-    f = jax.shard_map(
-        attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}
-    )
+    f = manual_over_data(mesh)
     check(value_and_grads(f, loss(f), sharded), args, CASES["primitive"])
     assert set(split_on_the_cpu) == {(1, 8, 2, 64)}
     split_on_the_cpu.clear()
